@@ -1,0 +1,1 @@
+"""The subspace-projection core: one lifecycle, a handful of verbs, interchangeable strategies."""

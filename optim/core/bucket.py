@@ -1,0 +1,94 @@
+"""A bucket: the matrices of one group that share shape, side, rank, dtype and device, seen in one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import codec
+from .hyper import Hyper
+from .layout import Layout
+from .rules import RULES, Rule
+from .view import MatrixView
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What does not change between steps: which parameters form a bucket, and how they are seen.
+
+    Args:
+        group: Index of the parameter group.
+        view: Orientation and rank; None for a plain bucket (any shapes).
+        layout: Sums over shards.
+        params: The parameters.
+        positions: Position of each among all parameters of the optimizer: the source of its random numbers.
+        offsets: Steps by which its refreshes come early where they are staggered.
+    """
+
+    group: int
+    view: MatrixView | None
+    layout: Layout
+    params: list[Tensor]
+    positions: list[int]
+    offsets: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The parameters of a plan that take part in this step, with their gradients, states and hyper-parameters."""
+
+    plan: Plan
+    hyper: Hyper
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[State]
+    positions: list[int]
+    offsets: list[int]
+    ready: list[Tensor | None]
+    """Low-rank gradients R that arrive already projected, in the place of full ones."""
+
+    @property
+    def view(self) -> MatrixView:
+        """Orientation and rank of the matrices."""
+        if self.plan.view is None:
+            raise TypeError("a plain bucket has no view: its parameters are not projected")
+        return self.plan.view
+
+    @property
+    def layout(self) -> Layout:
+        """Sums over shards."""
+        return self.plan.layout
+
+    @property
+    def rule(self) -> Rule:
+        """The inner rule."""
+        return RULES[self.hyper.rule]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The working dtype: fp32, or fp64 for fp64 parameters."""
+        return codec.work_dtype(self.params[0].dtype)
+
+    @property
+    def gemm_dtype(self) -> torch.dtype:
+        """The dtype of the operands of projections: the gradient's, unless the group names another."""
+        if self.hyper.gemm_dtype == "auto":
+            return self.params[0].dtype
+        dtype: torch.dtype = getattr(torch, self.hyper.gemm_dtype)
+        return dtype
+
+    def matrix(self, index: int) -> Tensor:
+        """The oriented gradient A (a x b) of one parameter."""
+        return self.view.orient(self.grads[index])
+
+    def only(self, index: int) -> Bucket:
+        """The bucket of one of the parameters."""
+        lists = {
+            name: [getattr(self, name)[index]]
+            for name in ("params", "grads", "states", "positions", "offsets", "ready")
+        }
+        return replace(self, **lists)

@@ -1,0 +1,59 @@
+"""Adafactor's pieces (arXiv 1804.04235): factored second moments, update clipping, relative steps.
+
+Shapes: a gradient `(..., m, n)` has row statistics `(..., m)` and column statistics `(..., n)`; leading dimensions are
+a batch of matrices. Means stand in for the paper's sums, which gives the same V.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def beta2(t: int, decay: float, cap: float = 1.0) -> float:
+    """`1 - t^decay`, 0 at t = 1, so that no bias correction is needed."""
+    return min(cap, 1.0 - float(t) ** decay)
+
+
+def accumulate(grad: Tensor, row: Tensor, col: Tensor, weight: float, floor: float) -> None:
+    """`R <- lerp(R, mean_cols(G^2) + floor, weight)` and likewise C with rows, without a G^2 temporary."""
+    m, n = max(grad.shape[-2], 1), max(grad.shape[-1], 1)
+    row.lerp_(torch.linalg.vector_norm(grad, dim=-1).square_().div_(n).add_(floor), weight)
+    col.lerp_(torch.linalg.vector_norm(grad, dim=-2).square_().div_(m).add_(floor), weight)
+
+
+def precondition(grad: Tensor, row: Tensor, col: Tensor) -> Tensor:
+    """`U = G / sqrt(V)` with `V = R C^T / mean(R)`, in the split form that does not overflow."""
+    left = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)  # (..., m, 1)
+    right = col.rsqrt().unsqueeze(-2)  # (..., 1, n)
+    return (grad * left).mul_(right)
+
+
+def precondition_floored(grad: Tensor, row: Tensor, col: Tensor, eps: float) -> Tensor:
+    """`U = G / sqrt(max(V, eps^2))` with `V = R C^T / max(mean(R), eps)`, torch.optim.Adafactor's form."""
+    variance = row.unsqueeze(-1) * col.unsqueeze(-2)
+    variance.div_(row.mean(-1, keepdim=True).unsqueeze(-1).clamp(min=eps))
+    return variance.clamp_(min=eps * eps).rsqrt_().mul_(grad)
+
+
+def rms(tensor: Tensor) -> Tensor:
+    """Root mean square of a whole tensor, a 0-d tensor; 0 for an empty one."""
+    return torch.linalg.vector_norm(tensor) / max(tensor.numel(), 1) ** 0.5
+
+
+def clip_(update: Tensor, threshold: float | None) -> Tensor:
+    """`U <- U / max(1, rms(U) / d)`, without a host synchronisation."""
+    if threshold is None:
+        return update
+    return update.div_((rms(update) / threshold).clamp_(min=1.0))
+
+
+def relative_step(t: int, cap: float | Tensor, *, warmup_init: bool = False) -> float | Tensor:
+    """`rho_t = min(cap, 1 / sqrt(t))`; with `warmup_init` the cap grows as 1e-6 t."""
+    limit = 1e-6 * t if warmup_init else cap
+    return limit.clamp(max=t**-0.5) if isinstance(limit, Tensor) else min(limit, t**-0.5)
+
+
+def parameter_scale(weight: Tensor, floor: float, dtype: torch.dtype) -> Tensor:
+    """`max(eps2, rms(X))`, a 0-d tensor in the working dtype."""
+    return rms(weight.detach().to(dtype)).clamp_(min=floor)

@@ -1,0 +1,182 @@
+"""Hyper-parameters of a group: names and aliases, validation, and the frozen record that travels through a step."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels import BACKENDS
+from .codec import STATE_DTYPES
+from .projector import PROJECTORS
+from .rules import RULES
+from .view import SIDES
+
+ALIASES = {
+    "alpha": "scale",
+    "update_gap": "update_proj_gap",
+    "projection_type": "proj_type",
+    "proj_side": "proj_type",
+}
+"""Names of the neighbours for our options, accepted in parameter groups."""
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "proj_type": SIDES,
+    "projector": tuple(PROJECTORS),
+    "carry": (None, "keep", "rotate", "reset"),
+    "rule": tuple(RULES),
+    "state_dtype": (None, *STATE_DTYPES),
+    "gemm_dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
+    "rounding": ("nearest",),
+    "backend": BACKENDS,
+    "compat": (None, "official"),
+}
+
+UNSUPPORTED = ("amsgrad", "capturable", "differentiable")
+"""Switches of torch.optim.AdamW that may be present in a group but not on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hyper:
+    """Live hyper-parameters of one group in one step; fields are documented by the optimizers' constructors."""
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float | tuple[float, float]
+    weight_decay: float
+    rule: str
+    rank: int | None
+    scale: float
+    proj_type: str
+    carry: str
+    projector: str
+    update_proj_gap: int
+    stagger: bool
+    seed: int
+    state_dtype: str
+    gemm_dtype: str
+    rounding: str
+    backend: str
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    compat: str | None
+    density: float | None = None
+    correct_bias: bool = True
+    scale_parameter: bool = False
+    relative_step: bool = False
+    warmup_init: bool = False
+    clip_threshold: float = 1.0
+    beta2_decay: float = -0.8
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> Hyper:
+        """Read the record from a parameter group, with the defaults that depend on `compat`."""
+        values = {name: group[name] for name in _FIELDS if name in group}
+        official = values["compat"] == "official"
+        values["carry"] = values["carry"] or ("keep" if official else "rotate")
+        values["state_dtype"] = values["state_dtype"] or ("parameter" if official else "float32")
+        return cls(**values)
+
+    @property
+    def official(self) -> bool:
+        """Follow the authors' code where it differs from the paper."""
+        return self.compat == "official"
+
+    def rank_for(self, shape: tuple[int, int]) -> int | None:
+        """Rank of a matrix of this shape, or None where the group is plain."""
+        if self.density is not None:
+            return max(1, round(self.density * min(shape)))
+        return self.rank
+
+
+_FIELDS = tuple(field.name for field in fields(Hyper))
+
+
+def normalise(group: dict[str, Any], known: frozenset[str]) -> None:
+    """Spell a parameter group canonically, in place.
+
+    Aliases become our names, a kind of basis given as `proj_type` becomes the `projector` (FRUGAL's spelling), dtypes
+    become their names.
+
+    Args:
+        group: A parameter group.
+        known: The option names of the optimizer.
+
+    Raises:
+        ValueError: An option is given twice, or a key nearly matches a known one.
+    """
+    for alias, name in ALIASES.items():
+        if alias in group and name in known:
+            if name in group:
+                raise ValueError(f"a parameter group names both {alias!r} and {name!r}, its alias: keep one of them")
+            group[name] = group.pop(alias)
+    if group.get("proj_type") in PROJECTORS and group["proj_type"] not in SIDES:
+        group["projector"] = group.pop("proj_type")
+    for name in ("state_dtype", "gemm_dtype", "momentum_dtype"):
+        if isinstance(group.get(name), torch.dtype):
+            group[name] = str(group[name]).removeprefix("torch.")
+    for key in group:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+        if near and key not in known:
+            raise ValueError(f"unknown option {key!r} in a parameter group: did you mean {near[0]!r}?")
+
+
+def check_adam(group: Mapping[str, Any]) -> None:
+    """Validate what every optimizer shares with torch.optim.AdamW, with torch's own messages."""
+    lr, eps = group["lr"], group["eps"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not isinstance(lr, Tensor) and not 0.0 <= lr < float("inf"):
+        raise ValueError(f"Invalid learning rate: {lr}")
+    for value in eps if isinstance(eps, (tuple, list)) else (eps,):
+        if value is not None and not 0.0 <= value < float("inf"):
+            raise ValueError(f"Invalid epsilon value: {value}")
+    for index, beta in enumerate(group.get("betas", ())):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if not 0.0 <= group["weight_decay"] < float("inf"):
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+    for name in UNSUPPORTED:
+        if group.get(name):
+            raise ValueError(f"{name}=True is not supported by this optimizer; drop it or pass {name}=False")
+
+
+def check_subspace(group: Mapping[str, Any]) -> None:
+    """Validate the options of a subspace method.
+
+    Raises:
+        ValueError: A value is out of range or not one of the choices.
+    """
+    check_adam(group)
+    check_choices(group, CHOICES)
+    _check_positive_int("rank", group.get("rank"), optional=True)
+    _check_positive_int("update_proj_gap", group["update_proj_gap"])
+    density = group.get("density")
+    if density is not None and not 0.0 < density <= 1.0:
+        raise ValueError(f"Invalid density: {density}; need 0 < density <= 1, the rank as a share of the smaller side")
+    if density is not None and group.get("rank") is not None:
+        raise ValueError(f"rank={group['rank']} and density={density} contradict each other: keep one of them")
+    if not 0.0 < group["scale"] < float("inf"):
+        raise ValueError(f"Invalid scale: {group['scale']}; need a positive number")
+    if group.get("dim", 2) != 2:
+        raise ValueError(f"Invalid dim: {group['dim']}; weights of more dimensions are viewed as matrices, drop the key")
+
+
+def check_choices(group: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Check every option that is one of a few values."""
+    for name, choices in allowed.items():
+        if name in group and group[name] not in choices:
+            names = ", ".join(repr(choice) for choice in choices if choice is not None)
+            raise ValueError(f"Invalid {name}: {group[name]!r}; choose one of {names}")
+
+
+def _check_positive_int(name: str, value: Any, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"Invalid {name}: {value!r}; need an integer of at least 1")

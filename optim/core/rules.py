@@ -1,0 +1,177 @@
+"""Inner rules: the optimizer that runs on the low-rank matrix R, or on the gradient itself in a plain group.
+
+A rule names its state tensors, says how they follow a change of basis, and writes a direction `N` such that the weight
+moves by `-lr N` (or by `-N` where the rule is `absolute`: it has the learning rate in it already).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ...kernels import pick, reference
+from . import factored
+
+if TYPE_CHECKING:
+    from .hyper import Hyper
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a rule works on: lists with one entry a tensor, all in the working dtype.
+
+    Args:
+        grads: Gradients R (a, r), or full gradients of any shape.
+        states: State tensors by name; updated in place.
+        counts: Step count t of each tensor, from 1.
+        weights: The parameters, for rules that scale by their size.
+        out: Directions N, of the shapes of `grads`; written.
+    """
+
+    grads: Sequence[Tensor]
+    states: Sequence[dict[str, Tensor]]
+    counts: Sequence[int]
+    weights: Sequence[Tensor]
+    out: Sequence[Tensor]
+
+
+class Rule(Protocol):
+    """An inner rule."""
+
+    linear: tuple[str, ...]
+    """States that follow a change of basis as R does, `M C^T`."""
+    drifting: tuple[str, ...]
+    """Second moments, whose small relative changes low-precision storage must not lose."""
+    absolute: bool
+    """The direction includes the learning rate."""
+
+    def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
+        """Shapes of the state tensors for a gradient of this shape."""
+
+    def direction(self, work: Work, hyper: Hyper) -> None:
+        """Update the states and write the directions."""
+
+
+class AdamW:
+    """Adam's direction, `N = Mhat / (sqrt(Vhat) + eps)`."""
+
+    linear = ("exp_avg",)
+    drifting = ("exp_avg_sq",)
+    absolute = False
+
+    def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
+        """First and second moment, of the gradient's shape."""
+        return {"exp_avg": shape, "exp_avg_sq": shape}
+
+    def direction(self, work: Work, hyper: Hyper) -> None:
+        """One fused launch for all tensors."""
+        if not work.grads:
+            return
+        counts = list(work.counts) if hyper.correct_bias else [reference.NO_CORRECTION] * len(work.counts)
+        moments = ([s["exp_avg"] for s in work.states], [s["exp_avg_sq"] for s in work.states])
+        adam = pick("adam", work.grads[0], hyper.backend)
+        eps = _single(hyper.eps)
+        adam(list(work.grads), moments, counts, list(work.out), hyper.betas, eps, raw_eps=hyper.official)
+
+
+class Lion:
+    """Lion's direction, `N = sign(b1 M + (1 - b1) R)`, then `M <- b2 M + (1 - b2) R` (arXiv 2302.06675)."""
+
+    linear = ("exp_avg",)
+    drifting = ()
+    absolute = False
+
+    def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
+        """One moment, of the gradient's shape."""
+        return {"exp_avg": shape}
+
+    def direction(self, work: Work, hyper: Hyper) -> None:
+        """Tensor by tensor."""
+        for grad, state, out in zip(work.grads, work.states, work.out, strict=True):
+            reference.lion(grad, state["exp_avg"], out, hyper.betas)
+
+
+class SGD:
+    """Heavy-ball momentum with coefficient b1 = betas[0]: `M <- b1 M + R`, `N = M`; b1 = 0 is plain SGD."""
+
+    linear = ("exp_avg",)
+    drifting = ()
+    absolute = False
+
+    def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
+        """One moment of the gradient's shape, none without momentum."""
+        return {"exp_avg": shape} if hyper.betas[0] > 0 else {}
+
+    def direction(self, work: Work, hyper: Hyper) -> None:
+        """Tensor by tensor."""
+        for grad, state, out in zip(work.grads, work.states, work.out, strict=True):
+            if "exp_avg" in state:
+                reference.momentum(grad, state["exp_avg"], out, hyper.betas[0])
+            else:
+                out.copy_(grad)
+
+
+class Adafactor:
+    """Adafactor's update of R: `U = R / sqrt(V)` with factored V, clipped, times lr, averaged with b1 = betas[0].
+
+    A single `eps` bounds the root of V from below as in Adam (eps^2 is added to R^2); a pair is Adafactor's own
+    (eps1 added to R^2, eps2 the smallest parameter scale).
+    """
+
+    linear = ("exp_avg",)
+    drifting = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+    absolute = True
+
+    def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
+        """Row and column means of R^2, the full second moment for vectors, and the momentum if b1 > 0."""
+        if len(shape) >= 2:
+            shapes = {"exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
+        else:
+            shapes = {"exp_avg_sq": shape}
+        if hyper.betas[0] > 0:
+            shapes["exp_avg"] = shape
+        return shapes
+
+    def direction(self, work: Work, hyper: Hyper) -> None:
+        """Tensor by tensor, without a host synchronisation."""
+        floor = hyper.eps[0] if isinstance(hyper.eps, tuple) else hyper.eps**2
+        for grad, state, t, weight, out in zip(
+            work.grads, work.states, work.counts, work.weights, work.out, strict=True
+        ):
+            fresh = 1.0 - factored.beta2(t, hyper.beta2_decay)
+            if "exp_avg_sq" in state:
+                update = grad * state["exp_avg_sq"].lerp_(grad.square().add_(floor), fresh).rsqrt()
+            else:
+                factored.accumulate(grad, state["exp_avg_sq_row"], state["exp_avg_sq_col"], fresh, floor)
+                update = factored.precondition(grad, state["exp_avg_sq_row"], state["exp_avg_sq_col"])
+            factored.clip_(update, hyper.clip_threshold).mul_(learning_rate(hyper, t, weight, grad.dtype))
+            if "exp_avg" in state:
+                update = state["exp_avg"].lerp_(update, 1 - hyper.betas[0])
+            out.copy_(update)
+
+
+def learning_rate(hyper: Hyper, t: int, weight: Tensor, dtype: torch.dtype) -> float | Tensor:
+    """The learning rate of an absolute rule: relative step and parameter scale where the group asks for them."""
+    lr = hyper.lr
+    if hyper.relative_step:
+        lr = factored.relative_step(t, lr, warmup_init=hyper.warmup_init)
+    if hyper.scale_parameter:
+        lr = lr * factored.parameter_scale(weight, _pair(hyper.eps)[1], dtype)
+    return lr
+
+
+def _single(eps: float | tuple[float, float]) -> float:
+    return eps[0] if isinstance(eps, tuple) else eps
+
+
+def _pair(eps: float | tuple[float, float]) -> tuple[float, float]:
+    return eps if isinstance(eps, tuple) else (eps**2, 1e-3)
+
+
+RULES: dict[str, Rule] = {"adamw": AdamW(), "lion": Lion(), "sgd": SGD(), "adafactor": Adafactor()}

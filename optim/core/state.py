@@ -1,0 +1,100 @@
+"""State of one parameter: tensors only, described by metadata before they exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import codec
+from .hyper import Hyper
+from .rules import RULES
+from .view import MatrixView
+
+COUNTERS = ("step", "until_refresh", "refreshes", "skipped_refreshes")
+"""0-d CPU tensors: Adam's step count, steps until the next refresh, refreshes done, refreshes skipped."""
+
+
+class Spec(NamedTuple):
+    """Metadata of a state tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+def counter(device: torch.device | str = "cpu") -> Spec:
+    """Metadata of a counter: fp32, as torch stores step counts."""
+    return Spec((), torch.float32, torch.device(device))
+
+
+def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spec]:
+    """Describe the state of a parameter.
+
+    A projected matrix stores its basis in the parameter's dtype and its moments in the state dtype: with AdamW inside
+    `min*r + 2*max*r` elements, and four counters.
+    """
+    storage = codec.storage_dtype(param.dtype, hyper.state_dtype)
+    shape = tuple(param.shape) if view is None else view.low_shape
+    moments = {
+        name: Spec(size, storage, param.device) for name, size in RULES[hyper.rule].buffers(shape, hyper).items()
+    }
+    if view is None:
+        on_device = runs_fused(param, hyper) and param.device.type == "cuda"
+        return {"step": counter(param.device if on_device else "cpu"), **moments}
+    bases = {name: Spec(size, param.dtype, param.device) for name, size in view.basis_shapes.items()}
+    return {**{name: counter() for name in COUNTERS}, **bases, **moments}
+
+
+def delegates(param: Tensor, hyper: Hyper) -> bool:
+    """Tell whether a plain parameter is stepped by torch's own AdamW, bit for bit."""
+    same_storage = codec.storage_dtype(param.dtype, hyper.state_dtype) == param.dtype
+    full_precision = param.dtype == codec.work_dtype(param.dtype)
+    return hyper.rule == "adamw" and not hyper.official and same_storage and full_precision
+
+
+def runs_fused(param: Tensor, hyper: Hyper) -> bool:
+    """Tell whether that is torch's fused form: asked for, or neither form asked for and the device has it."""
+    if not delegates(param, hyper):
+        return False
+    if hyper.fused is None:
+        return hyper.foreach is None and param.device.type in ("cpu", "cuda")
+    return hyper.fused
+
+
+def zeros(described: Mapping[str, Spec]) -> dict[str, Tensor]:
+    """Allocate state from its description."""
+    return {name: torch.zeros(s.shape, dtype=s.dtype, device=s.device) for name, s in described.items()}
+
+
+def restore(saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], label: str) -> dict[str, Tensor]:
+    """Bring loaded state to our dtypes and devices, in tensors of its own.
+
+    Raises:
+        ValueError: Names or shapes are those of another method, rule or rank.
+    """
+    if saved.keys() != described.keys():
+        raise ValueError(
+            f"the loaded state of {label} has {sorted(saved)}, this optimizer keeps {sorted(described)}: "
+            "construct it with the method, rule and rank of the checkpoint"
+        )
+    loaded = {}
+    for name, spec in described.items():
+        value = torch.as_tensor(saved[name])
+        if tuple(value.shape) != spec.shape:
+            raise ValueError(
+                f"the loaded {name!r} of {label} has shape {tuple(value.shape)}, this optimizer needs {spec.shape}: "
+                "construct it with the rank and proj_type of the checkpoint"
+            )
+        loaded[name] = value.detach().to(device=spec.device, dtype=spec.dtype, copy=True)
+    return loaded

@@ -1,0 +1,213 @@
+"""The verbs in which optimizers are written; each acts on a bucket of same-shape matrices.
+
+    refresh         P <- basis of the gradient, where it is due
+    project         R = A P
+    inner           N = rule(R)
+    project_back_   W <- (1 - lr wd) W - lr scale N P^T
+    plain_          the same rule on parameters that are not projected
+
+None of them synchronises with the device outside a refresh, nor allocates more than the bucket's R and N.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+from ...kernels import random
+from . import codec, linalg, state
+from .bucket import Bucket
+from .carry import carry_moments
+from .hyper import Hyper
+from .projector import PROJECTORS, Request, official_svd
+from .rules import Work, learning_rate
+
+
+def refresh(b: Bucket) -> None:
+    """Find a new basis for every matrix whose interval is over.
+
+    A gradient that is zero or not finite says nothing about the subspace: the old basis stays (a random one is made
+    if there is none), `skipped_refreshes` counts it, and the refresh is tried again in the next step.
+    """
+    for index, held in enumerate(b.states):
+        if held["until_refresh"].item() > 0 or b.ready[index] is not None:
+            continue
+        scale = torch.linalg.vector_norm(b.grads[index], float("inf")).to(b.dtype)  # max|A|
+        if scale.isfinite() and scale >= torch.finfo(b.dtype).tiny:
+            _renew(b, index, scale)
+        else:
+            _skip(b, index)
+
+
+def _renew(b: Bucket, index: int, scale: Tensor) -> None:
+    held, hyper = b.states[index], b.hyper
+    done = int(held["refreshes"])
+    matrix = b.matrix(index)
+    request = Request(
+        matrix=matrix.float() if matrix.dtype == torch.float16 else matrix,
+        scale=scale,
+        view=b.view,
+        layout=b.layout,
+        seed=random.mix(hyper.seed, b.positions[index], done),
+        old=held["basis"] if done else None,
+    )
+    projector = official_svd if hyper.official and hyper.projector == "svd" else PROJECTORS[hyper.projector]
+    bases = projector(request)
+    if done:
+        carry_moments(b, held, bases)
+    held["basis"].copy_(bases.basis)
+    if bases.left is not None:
+        held["basis_left"].copy_(bases.left)
+    held["refreshes"] += 1
+    early = b.offsets[index] if done == 0 and hyper.stagger else 0
+    held["until_refresh"].fill_(hyper.update_proj_gap - early)
+
+
+def _skip(b: Bucket, index: int) -> None:
+    held = b.states[index]
+    held["skipped_refreshes"] += 1
+    if int(held["refreshes"]) == 0:
+        for name in b.view.basis_shapes:
+            seed = random.mix(b.hyper.seed, b.positions[index], len(name))
+            columns = random.normal(seed, *held[name].shape, held[name].device)
+            held[name].copy_(linalg.orthonormal(columns))
+
+
+def project(b: Bucket) -> Tensor:
+    """Return the low-rank gradients R = A P as one buffer (k, a, r) in the working dtype.
+
+    A matrix whose R is not finite counts as having a zero gradient, so that one bad batch cannot poison its moments.
+    """
+    view, gemm = b.view, b.gemm_dtype
+    low = torch.empty((len(b.params), *view.low_shape), dtype=b.dtype, device=b.params[0].device)
+    for index, held in enumerate(b.states):
+        ready = b.ready[index]
+        if ready is not None:
+            low[index].copy_(ready)
+        elif gemm == b.dtype and not view.full:
+            torch.mm(b.matrix(index).to(gemm), held["basis"].to(gemm), out=low[index])
+        else:
+            image = b.matrix(index).to(gemm) @ held["basis"].to(gemm)
+            low[index].copy_(held["basis_left"].to(gemm).T @ image if view.full else image)
+    low = b.layout.sum_cols(low)
+    if b.hyper.maximize:
+        low.neg_()
+    finite = low.sum(dim=(1, 2)).isfinite()
+    if low.device.type != "cpu" or not finite.all():  # only on the host is the question free
+        low.masked_fill_(~finite[:, None, None], 0.0)
+    return low
+
+
+def inner(b: Bucket, low: Tensor) -> Tensor:
+    """Run the inner rule on R (k, a, r) and return the directions N (k, a, r)."""
+    step = torch.empty_like(low)
+    torch._foreach_sub_([held["until_refresh"] for held in b.states], 1)
+    _run_rule(b, list(low.unbind()), list(step.unbind()))
+    return step
+
+
+def _run_rule(b: Bucket, grads: list[Tensor], out: list[Tensor]) -> None:
+    """Count the step, load the moments, let the rule work and store them."""
+    torch._foreach_add_([held["step"] for held in b.states], 1)
+    counts = [int(held["step"]) for held in b.states]
+    names = list(b.rule.buffers(tuple(grads[0].shape), b.hyper))
+    loaded = [{name: codec.load(held[name], b.dtype) for name in names} for held in b.states]
+    b.rule.direction(Work(grads, loaded, counts, b.params, out), b.hyper)
+    for held, values, position, t in zip(b.states, loaded, b.positions, counts, strict=True):
+        for name, value in values.items():
+            drifts = name in b.rule.drifting and not b.hyper.official
+            codec.store(held[name], value, random.mix(b.hyper.seed, position, t) if drifts else None)
+
+
+def project_back_(b: Bucket, step: Tensor) -> None:
+    """Move the weights, `W <- (1 - lr wd) W - lr scale N P^T`: one GEMM a matrix that reads and writes W once."""
+    view, gemm = b.view, b.gemm_dtype
+    for index, (param, held) in enumerate(zip(b.params, b.states, strict=True)):
+        lr, decay = _rates(b, index)
+        direction = step[index]
+        if isinstance(lr, Tensor):
+            direction, lr = direction * lr, 1.0
+        direction, basis = direction.to(gemm), held["basis"].to(gemm)
+        if view.full:
+            direction = held["basis_left"].to(gemm) @ direction  # (a, r)
+        factors = (basis, direction.T) if view.transposed else (direction, basis.T)
+        weight = param.detach().reshape(view.m, view.n)
+        _addmm_(weight, factors, decay, -lr * b.hyper.scale)
+        if weight.data_ptr() != param.data_ptr():  # a weight that cannot be viewed as a matrix, channels-last say
+            param.copy_(weight.view_as(param))
+
+
+def _addmm_(weight: Tensor, factors: tuple[Tensor, Tensor], decay: float | Tensor, alpha: float) -> None:
+    """`W <- decay W + alpha X Y`."""
+    if isinstance(decay, Tensor):
+        weight.mul_(decay)
+        decay = 1.0
+    if factors[0].dtype == weight.dtype:
+        weight.addmm_(*factors, beta=decay, alpha=alpha)
+    else:
+        weight.mul_(decay).add_(factors[0] @ factors[1], alpha=alpha)
+
+
+def _rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
+    """The factor of the direction and the factor of the weight, `(lr, 1 - lr wd)`.
+
+    The authors' AdamW decays the weight it has just moved, which multiplies the direction by the decay as well. A
+    host tensor is read, a device tensor stays one.
+    """
+    hyper = b.hyper
+    lr = hyper.lr
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = float(lr)
+    if b.rule.absolute:
+        t = int(b.states[index]["step"])
+        scaled = learning_rate(hyper, t, b.params[index], b.dtype) if hyper.weight_decay else 0.0
+        return 1.0, 1 - scaled * hyper.weight_decay
+    decay = 1 - lr * hyper.weight_decay
+    return (lr * decay if hyper.official else lr), decay
+
+
+def plain_(b: Bucket) -> None:
+    """Step parameters that are not projected: torch's own AdamW where the rule is AdamW in full precision."""
+    mine = []
+    theirs: dict[bool, list[int]] = {}
+    for index, param in enumerate(b.params):
+        if state.delegates(param, b.hyper):
+            theirs.setdefault(state.runs_fused(param, b.hyper), []).append(index)
+        else:
+            mine.append(index)
+    for fused, indices in theirs.items():
+        _delegate(b, indices, fused=fused)
+    for index in mine:
+        _plain_one(b, index)
+
+
+def _delegate(b: Bucket, indices: list[int], *, fused: bool) -> None:
+    hyper: Hyper = b.hyper
+    torch_adamw(
+        [b.params[i] for i in indices],
+        [b.grads[i] for i in indices],
+        [b.states[i]["exp_avg"] for i in indices],
+        [b.states[i]["exp_avg_sq"] for i in indices],
+        [],
+        [b.states[i]["step"] for i in indices],
+        fused=fused,
+        foreach=hyper.foreach,
+        amsgrad=False,
+        beta1=hyper.betas[0],
+        beta2=hyper.betas[1],
+        lr=hyper.lr,  # type: ignore[arg-type]
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,  # type: ignore[arg-type]
+        maximize=hyper.maximize,
+    )
+
+
+def _plain_one(b: Bucket, index: int) -> None:
+    one = b.only(index)
+    param = b.params[index]
+    grad = b.grads[index].to(b.dtype)
+    step = torch.empty_like(grad)
+    _run_rule(one, [-grad if b.hyper.maximize else grad], [step])
+    lr, decay = _rates(b, index)
+    param.copy_((param.to(b.dtype) * decay).sub_(step.mul_(lr)))

@@ -1,0 +1,101 @@
+"""GaLore: Gradient Low-Rank Projection (arXiv 2403.03507)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .core.bucket import Bucket
+from .core.optimizer import SubspaceOptimizer
+from .core.verbs import inner, project, project_back_, refresh
+
+
+class GaLore(SubspaceOptimizer):
+    """GaLore: the moments live in a low-rank subspace of the gradient that is renewed every T steps.
+
+    For a weight W (m x n), oriented so that its gradient A (a x b) is projected from the right:
+
+        P_t    = r leading right singular vectors of A_t, every T steps     (b, r)
+        R_t    = A_t P_t                                                    (a, r)
+        N_t    = rule(R_t), for AdamW  Mhat_t / (sqrt(Vhat_t) + eps)        (a, r)
+        W_t    = (1 - lr wd) W_{t-1} - lr scale N_t P_t^T
+
+    State of a projected matrix: `min(m,n) r + 2 max(m,n) r` elements with `proj_type="std"`, against `2 m n`.
+
+    Args:
+        params: Parameters, groups or (name, parameter) pairs. Options below may be given by group; `alpha`,
+            `update_gap`, `projection_type` and `density` (rank as a share of the smaller side) are accepted there.
+        lr: Learning rate, a number or a 1-element tensor. Projected matrices move by `lr * scale`.
+        betas: Decay rates of the moments. Lion uses both, momentum SGD and Adafactor the first as momentum.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled, before the update, by `lr * weight_decay`.
+        rank: Rank r of the subspace. If any group names a rank, groups that do not are plain; otherwise it applies to
+            every weight of at least two dimensions (viewed as first x rest) whose smaller side exceeds it.
+            Everything else gets the rule itself, for AdamW exactly torch.optim.AdamW.
+        update_proj_gap: Steps T between two refreshes of the basis.
+        scale: The paper's alpha, a factor of the learning rate of projected matrices.
+        proj_type: Side that is projected: "std" (the smaller), "reverse_std", "left", "right", "full" (both).
+        projector: "sketch" (randomized subspace iteration, warm-started, seeded) or "svd" (exact).
+        carry: What becomes of the moments at a refresh: "rotate" (the default) expresses them in the new basis,
+            "keep" (the paper, and the default of `compat="official"`) leaves their numbers, "reset" starts afresh.
+        rule: Inner optimizer: "adamw", "adafactor", "lion" or "sgd".
+        state_dtype: Dtype of the moments: "float32" (the default; fp64 for fp64 parameters), "bfloat16" (second
+            moments rounded stochastically), "parameter" (the default of `compat="official"`), or a torch.dtype.
+        gemm_dtype: Dtype of the projections' operands; "auto" is the gradient's.
+        rounding: How low-precision weights are written: "nearest".
+        stagger: Spread the refreshes of the matrices over the interval, so that no step stalls.
+        seed: Seed of the sketches; results are a function of it, of parameter order and of step.
+        maximize: Ascend instead of descend.
+        backend: "auto", or the only kernel backend to use.
+        foreach: Form of torch's AdamW in plain groups; as in torch.optim.AdamW.
+        fused: Form of torch's AdamW in plain groups; by default fused where the device has it.
+        compat: "official" follows the authors' code: eps before bias correction, decay after the update, moments in
+            the gradient's dtype and kept at a refresh, rank clipped to the matrix, LAPACK's SVD in fp32.
+
+    Raises:
+        ValueError: An option is out of range or unknown but close to a known one.
+
+    Differences from the authors' code: state is tensors only, weights of any dimension are accepted, `reverse_std` works
+    at any rank, a zero or non-finite gradient keeps the old basis instead of failing, and see `compat`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rank: int | None = 128,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        projector: str = "sketch",
+        carry: str | None = None,
+        rule: str = "adamw",
+        state_dtype: str | torch.dtype | None = None,
+        gemm_dtype: str | torch.dtype = "auto",
+        rounding: str = "nearest",
+        stagger: bool = False,
+        seed: int = 0,
+        maximize: bool = False,
+        backend: str = "auto",
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        compat: str | None = None,
+    ) -> None:
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule}
+        subspace = {"rank": rank, "scale": scale, "proj_type": proj_type, "carry": carry}
+        schedule = {"projector": projector, "update_proj_gap": update_proj_gap, "stagger": stagger, "seed": seed}
+        numerics = {"state_dtype": state_dtype, "gemm_dtype": gemm_dtype, "rounding": rounding, "backend": backend}
+        torch_form = {"maximize": maximize, "foreach": foreach, "fused": fused}
+        super().__init__(params, adam | subspace | schedule | numerics | torch_form | {"compat": compat})
+
+    def update(self, b: Bucket) -> None:
+        """One step of GaLore on a bucket of same-shape matrices."""
+        refresh(b)  # P_t, every T steps              (b, r)
+        low = project(b)  # R_t = A_t P_t             (k, a, r)
+        step = inner(b, low)  # N_t = rule(R_t)       (k, a, r)
+        project_back_(b, step)  # W <- (1 - lr wd) W - lr scale N P^T

@@ -1,0 +1,45 @@
+"""Packaging of lowmem: the top-level folders are mapped into the `lowmem` namespace."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+
+PACKAGES = {
+    "lowmem.optim": "optim",
+    "lowmem.optim.core": "optim/core",
+    "lowmem.kernels": "kernels",
+    "lowmem.bench": "bench",
+}
+
+BENCH = ["transformers>=4.45", "datasets>=2.20", "safetensors", "typer>=0.12", "rich", "matplotlib"]
+TEST = ["pytest>=8", "hypothesis>=6", "expecttest"]
+
+setup(
+    name="lowmem",
+    version="0.1.0",
+    description="Memory-efficient torch.optim replacements: GaLore, Adafactor and their relatives on one core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir=PACKAGES,
+    packages=list(PACKAGES),
+    package_data={name: ["py.typed"] for name in PACKAGES},
+    install_requires=["torch>=2.8", "numpy"],
+    extras_require={
+        "bench": BENCH,
+        "test": TEST + BENCH,
+        "lint": ["ruff", "mypy"],
+        "peers": ["galore-torch"],
+    },
+    entry_points={"console_scripts": ["lowmem = lowmem.bench.cli:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

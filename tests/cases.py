@@ -1,0 +1,103 @@
+"""The one table of trajectory cases: options, the dense reference they must follow, tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem import optim
+from tests.reference.galore import galore_step
+
+SHAPES = {"tall": (24, 15), "wide": (13, 28), "square": (16, 16), "conv": (10, 4, 3, 3), "stack": (6, 8, 9)}
+SIDES = ("std", "reverse_std", "left", "right", "full")
+RULES = ("adamw", "sgd", "lion", "adafactor")
+RANK, GAP, STEPS = 5, 4, 13  # refreshes at steps 0, 4, 8 and 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """An optimizer with its options, and the reference step with its own."""
+
+    name: str
+    build: Callable[..., torch.optim.Optimizer]
+    options: dict[str, Any]
+    reference: dict[str, Any]
+    shape: tuple[int, ...] = (24, 15)
+    dtype: torch.dtype = torch.float64
+    tolerance: float = 1e-9
+    lr: float = 1e-2
+    steps: int = STEPS
+
+
+@lru_cache
+def gradients(shape: tuple[int, ...], steps: int) -> list[Tensor]:
+    """Random gradients with a falling spectrum, so that leading subspaces are well separated."""
+    generator = torch.Generator().manual_seed(sum(shape))
+    grads = []
+    for _ in range(steps):
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64).reshape(shape[0], -1)
+        left, _, right = torch.linalg.svd(noise, full_matrices=False)
+        spectrum = torch.arange(1, left.shape[1] + 1, dtype=torch.float64) ** -1.0
+        grads.append((left * spectrum @ right).reshape(shape))
+    return grads
+
+
+def run(case: Case) -> tuple[Tensor, Tensor]:
+    """Return the weights after the case's optimizer and after its reference."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(case.shape, generator=generator, dtype=torch.float64).to(case.dtype)
+    ours, theirs = torch.nn.Parameter(start.clone()), start.clone()
+    optimizer = case.build([{"params": [ours], "rank": RANK, "update_proj_gap": GAP}], lr=case.lr, **case.options)
+    state: dict[str, Any] = {}
+    for grad in gradients(case.shape, case.steps):
+        grad = grad.to(case.dtype)
+        ours.grad = grad.clone()
+        optimizer.step()
+        galore_step(theirs, grad, state, lr=case.lr, rank=RANK, gap=GAP, **case.reference)
+    return ours.detach(), theirs
+
+
+def default_cases() -> Iterator[Case]:
+    """GaLore against the dense reference with torch's conventions: every side, rule, shape and carry."""
+    for shape_name, shape in SHAPES.items():
+        for side in SIDES:
+            for rule in RULES:
+                if (side, rule) == ("full", "lion"):
+                    continue  # R is diagonal at a refresh: off the diagonal Lion takes the sign of rounding errors
+                for decay in (0.0, 0.1):
+                    betas = (0.9, 0.99)
+                    shared = {"proj_type": side, "rule": rule, "betas": betas, "weight_decay": decay, "scale": 0.25}
+                    # Sign and order of singular vectors are free, which only "rotate" and "reset" do not see.
+                    carry = "reset" if shape_name in ("wide", "conv") else "rotate"
+                    yield Case(
+                        f"{shape_name}-{side}-{rule}-{carry}-wd{decay}",
+                        optim.GaLore,
+                        {**shared, "projector": "svd", "carry": carry},
+                        {**shared, "carry": carry},
+                        shape,
+                    )
+
+
+def official_cases() -> Iterator[Case]:
+    """`compat="official"` against the authors' order of operations, in fp32."""
+    for shape_name, shape in SHAPES.items():
+        for side in SIDES:
+            for decay in (0.0, 0.1):
+                shared = {"proj_type": side, "weight_decay": decay, "scale": 0.25, "eps": 1e-6}
+                yield Case(
+                    f"official-{shape_name}-{side}-wd{decay}",
+                    optim.GaLore,
+                    {**shared, "projector": "svd", "compat": "official"},
+                    {**shared, "official": True},
+                    shape,
+                    torch.float32,
+                    1e-6,
+                )
+
+
+CASES = [*default_cases(), *official_cases()]
