@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,7 +20,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "decay_by": ("lr", "alpha", "one"),
     "eps_mode": ("square", "floor"),
     "factor_dims": ("last2", "largest2"),
-    "state_dtype": codec.STATE_DTYPES,
+    "momentum_dtype": codec.STATE_DTYPES,
 }
 
 
@@ -43,7 +42,7 @@ class Options:
     decay_by: str
     factor_dims: str
     min_dim_size_to_factor: int
-    state_dtype: str
+    momentum_dtype: str
     maximize: bool
 
     def eps1(self, dtype: torch.dtype) -> float:
@@ -94,7 +93,8 @@ class Adafactor(SubspaceOptimizer):
         factor_dims: Factor the "last2" dimensions or the "largest2", which is the rule that saves memory on
             convolutions.
         min_dim_size_to_factor: Keep V whole where a factored dimension is smaller.
-        state_dtype: Dtype of the statistics, "float32" (fp64 for fp64 parameters) or another torch.dtype.
+        momentum_dtype: Dtype of the momentum, "float32" (fp64 for fp64 parameters), "bfloat16", "parameter", or a
+            torch.dtype; the statistics are fp32 always.
         maximize: Ascend instead of descend.
 
     Raises:
@@ -123,7 +123,7 @@ class Adafactor(SubspaceOptimizer):
         eps_mode: str = "square",
         factor_dims: str = "last2",
         min_dim_size_to_factor: int = 0,
-        state_dtype: str | torch.dtype = "float32",
+        momentum_dtype: str | torch.dtype = "float32",
         maximize: bool = False,
     ) -> None:
         relative = lr is None if relative_step is None else relative_step
@@ -134,7 +134,7 @@ class Adafactor(SubspaceOptimizer):
         moment = {"beta2_decay": beta2_decay, "eps": eps, "eps_mode": eps_mode}
         decay = {"weight_decay": weight_decay, "decay_by": decay_by, "scale_parameter": scale_parameter}
         storage = {"factor_dims": factor_dims, "min_dim_size_to_factor": min_dim_size_to_factor}
-        numerics = {"state_dtype": state_dtype, "maximize": maximize}
+        numerics = {"momentum_dtype": momentum_dtype, "maximize": maximize}
         super().__init__(params, step | update | moment | decay | storage | numerics)
 
     @classmethod
@@ -149,7 +149,7 @@ class Adafactor(SubspaceOptimizer):
         **options: Any,
     ) -> Adafactor:
         """Construct with the signature and the formulas of torch.optim.Adafactor."""
-        preset = {"relative_step": True, "eps_mode": "floor", "decay_by": "lr"} | options
+        preset: dict[str, Any] = {"relative_step": True, "eps_mode": "floor", "decay_by": "lr"} | options
         return cls(params, lr, None, beta2_decay, eps, d, weight_decay, **preset)
 
     @classmethod
@@ -174,22 +174,23 @@ class Adafactor(SubspaceOptimizer):
         """
         if lr is not None and relative_step:
             raise ValueError(f"lr={lr} contradicts relative_step=True: pass relative_step=False or lr=None")
-        preset = {"relative_step": relative_step, "scale_parameter": scale_parameter, "warmup_init": warmup_init}
-        preset |= {"decay_by": "alpha"} | options
+        preset: dict[str, Any] = {"relative_step": relative_step, "scale_parameter": scale_parameter}
+        preset |= {"warmup_init": warmup_init, "decay_by": "alpha"} | options
         return cls(params, lr, beta1, decay_rate, eps, clip_threshold, weight_decay, **preset)
 
     def plain(self, b: Bucket) -> None:
         """One step of Adafactor, parameter by parameter."""
         torch._foreach_add_([held["step"] for held in b.states], 1)
+        options = self._hyper(self.param_groups[b.plan.group])
         for param, grad, held in zip(b.params, b.grads, b.states, strict=True):
-            self._step_one(param, -grad if b.hyper.maximize else grad, held, b.hyper)
+            self._step_one(param, -grad if options.maximize else grad, held, options)
 
     @staticmethod
     def _step_one(param: Tensor, grad: Tensor, held: State, o: Options) -> None:
         work = codec.work_dtype(param.dtype)
         t = int(held["step"])
         alpha = step_size(param, t, o)  # alpha_t = max(eps2, rms(X)) rho_t
-        update = precondition(grad.to(work), held, t, o)  # U_t = G / sqrt(V_t)
+        update = precondition(grad.to(work), held, t, o, o.eps1(param.dtype))  # U_t = G / sqrt(V_t)
         factored.clip_(update, o.clip_threshold)  # U_t / max(1, rms(U_t) / d)
         if o.momentum_on == "scaled_update":
             update.mul_(alpha)
@@ -236,41 +237,35 @@ def step_size(param: Tensor, t: int, o: Options) -> float | Tensor:
     return lr
 
 
-def precondition(grad: Tensor, held: State, t: int, o: Options) -> Tensor:
+def precondition(grad: Tensor, held: State, t: int, o: Options, eps1: float) -> Tensor:
     """Update the second moment with G and return `U = G / sqrt(V)` in a tensor of its own."""
     fresh = 1.0 - factored.beta2(t, o.beta2_decay)
     floor = o.eps_mode == "floor"
-    eps1 = o.eps1(grad.dtype)
     added = 0.0 if floor else eps1
-    names = [name for name in held if name.startswith("exp_avg_sq")]
-    loaded = {name: codec.load(held[name], grad.dtype) for name in names}
-    if "exp_avg_sq" in loaded:
-        whole = loaded["exp_avg_sq"].lerp_(grad.square().add_(added), fresh)
-        update = (whole.clamp(min=eps1**2) if floor else whole).rsqrt().mul_(grad)
+    order = o.dims(tuple(grad.shape))
+    if order is None:
+        whole = held["exp_avg_sq"].lerp_(grad.square().add_(added), fresh)
+        return (whole.clamp(min=eps1**2) if floor else whole).rsqrt().mul_(grad)
+    matrix, row, col = grad.permute(order), held["exp_avg_sq_row"], held["exp_avg_sq_col"]
+    factored.accumulate(matrix, row, col, fresh, added)
+    if floor:
+        update = factored.precondition_floored(matrix, row, col, eps1)
     else:
-        order = o.dims(tuple(grad.shape))
-        matrix = grad.permute(order) if order else grad
-        row, col = loaded["exp_avg_sq_row"], loaded["exp_avg_sq_col"]
-        factored.accumulate(matrix, row, col, fresh, added)
-        update = factored.precondition_floored(matrix, row, col, eps1) if floor else factored.precondition(matrix, row, col)
-        update = update.permute([order.index(d) for d in range(len(order))]) if order else update
-    for name, value in loaded.items():
-        codec.store(held[name], value, None)
-    return update
+        update = factored.precondition(matrix, row, col)
+    return update.permute([order.index(d) for d in range(len(order))])
 
 
 def specs(param: Tensor, o: Options) -> dict[str, state.Spec]:
     """Describe the state of a parameter."""
-    shape = tuple(param.shape)
-    order = o.dims(shape)
+    shape, order = tuple(param.shape), o.dims(tuple(param.shape))
+    work = codec.work_dtype(param.dtype)
     if order is None:
-        shapes = {"exp_avg_sq": shape}
+        statistics = {"exp_avg_sq": shape}
     else:
         turned = tuple(shape[d] for d in order)
-        shapes = {"exp_avg_sq_row": turned[:-1], "exp_avg_sq_col": turned[:-2] + turned[-1:]}
+        statistics = {"exp_avg_sq_row": turned[:-1], "exp_avg_sq_col": turned[:-2] + turned[-1:]}
+    described = {name: state.Spec(size, work, param.device) for name, size in statistics.items()}
     if o.beta1 is not None:
-        shapes["exp_avg"] = shape
-    dtype = codec.storage_dtype(param.dtype, o.state_dtype)
-    return {"step": state.counter()} | {
-        name: state.Spec(size, dtype, param.device) for name, size in shapes.items()
-    }
+        storage = codec.storage_dtype(param.dtype, o.momentum_dtype)
+        described["exp_avg"] = state.Spec(shape, storage, param.device)
+    return {"step": state.counter(), **described}

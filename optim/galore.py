@@ -28,7 +28,7 @@ class GaLore(SubspaceOptimizer):
             `update_gap`, `projection_type` and `density` (rank as a share of the smaller side) are accepted there.
         lr: Learning rate, a number or a 1-element tensor. Projected matrices move by `lr * scale`.
         betas: Decay rates of the moments. Lion uses both, momentum SGD and Adafactor the first as momentum.
-        eps: Added to the root of the second moment.
+        eps: Added to the root of the second moment; for Adafactor also the pair (eps1, eps2) of its paper.
         weight_decay: Decoupled, before the update, by `lr * weight_decay`.
         rank: Rank r of the subspace. If any group names a rank, groups that do not are plain; otherwise it applies to
             every weight of at least two dimensions (viewed as first x rest) whose smaller side exceeds it.
@@ -56,8 +56,8 @@ class GaLore(SubspaceOptimizer):
     Raises:
         ValueError: An option is out of range or unknown but close to a known one.
 
-    Differences from the authors' code: state is tensors only, weights of any dimension are accepted, `reverse_std` works
-    at any rank, a zero or non-finite gradient keeps the old basis instead of failing, and see `compat`.
+    Differences from the authors' code: state is tensors only, weights of any dimension are accepted, `reverse_std`
+    works at any rank, a zero or non-finite gradient keeps the old basis instead of failing, and see `compat`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class GaLore(SubspaceOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
+        eps: float | tuple[float, float] = 1e-8,
         weight_decay: float = 1e-2,
         *,
         rank: int | None = 128,

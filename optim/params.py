@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 HEAD_NAMES = ("lm_head", "embed_out", "output_projection", "score", "classifier")
 """Last parts of the names of output layers, which the papers leave full-rank."""
@@ -49,18 +49,17 @@ def param_groups(
     return [*groups, {"params": projected, "rank": rank, **options}]
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _linear_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         # Hugging Face's GPT-2 layer is a linear layer with a transposed weight; by name, to not import transformers.
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
             yield name, module
 
 
-def _papers(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+def _papers(model: nn.Module, layers: dict[str, Any]) -> list[str]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    head: Tensor | None = None
-    if hasattr(model, "get_output_embeddings"):
-        head = getattr(model.get_output_embeddings(), "weight", None)
+    find_head = getattr(model, "get_output_embeddings", lambda: None)
+    head = getattr(find_head(), "weight", None)
     return [
         name
         for name, layer in layers.items()
@@ -68,9 +67,10 @@ def _papers(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
     ]
 
 
-def _matching(layers: dict[str, nn.Module], targets: str | Sequence[str]) -> list[str]:
+def _matching(layers: dict[str, Any], targets: str | Sequence[str]) -> list[str]:
     patterns = [targets] if isinstance(targets, str) else list(targets)
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in layers):
-            raise ValueError(f"target {pattern!r} matches no linear layer; there are {', '.join(list(layers)[:8])}, ...")
+            names = ", ".join(list(layers)[:8])
+            raise ValueError(f"target {pattern!r} matches no linear layer; there are {names}, ...")
     return [name for name in layers if any(re.search(pattern, name) for pattern in patterns)]

@@ -8,9 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from lowmem import optim
 from torch import Tensor
 
-from lowmem import optim
 from tests.reference.galore import galore_step
 
 SHAPES = {"tall": (24, 15), "wide": (13, 28), "square": (16, 16), "conv": (10, 4, 3, 3), "stack": (6, 8, 9)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,11 @@ from .rules import RULES, Rule
 from .view import MatrixView
 
 State = dict[str, Tensor]
+
+CPU_BUFFER = 1 << 18
+"""Elements of a bucket's R on a CPU, where it is read back while still in the second-level cache."""
+GPU_BUFFER = 1 << 26
+"""The same on a GPU, where fewer launches count for more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,19 @@ class Plan:
     params: list[Tensor]
     positions: list[int]
     offsets: list[int]
+
+    def split(self) -> Iterator[Plan]:
+        """Cut into buckets whose low-rank buffers stay in the cache of a CPU, or small in the memory of a GPU."""
+        if self.view is None:
+            yield self
+            return
+        a, r = self.view.low_shape
+        budget = CPU_BUFFER if self.params[0].device.type == "cpu" else GPU_BUFFER
+        size = max(1, budget // max(1, a * r))
+        for start in range(0, len(self.params), size):
+            part = slice(start, start + size)
+            lists = {name: getattr(self, name)[part] for name in ("params", "positions", "offsets")}
+            yield replace(self, **lists)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +106,13 @@ class Bucket:
 
     def only(self, index: int) -> Bucket:
         """The bucket of one of the parameters."""
-        lists = {
-            name: [getattr(self, name)[index]]
-            for name in ("params", "grads", "states", "positions", "offsets", "ready")
-        }
-        return replace(self, **lists)
+        return Bucket(
+            self.plan,
+            self.hyper,
+            [self.params[index]],
+            [self.grads[index]],
+            [self.states[index]],
+            [self.positions[index]],
+            [self.offsets[index]],
+            [self.ready[index]],
+        )

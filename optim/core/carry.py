@@ -12,10 +12,10 @@ from .projector import Bases
 def carry_moments(b: Bucket, held: State, new: Bases) -> None:
     """Take the moments of one matrix along to its new bases, as the group's `carry` says.
 
-        keep     M and V keep their numbers, which then refer to other directions
-        reset    M = 0, V = 0, and bias correction starts again
-        rotate   the same moments in the new coordinates, with C = P_new^T P_old:
-                 M <- M C^T,  V <- V (C o C)^T  (coordinates taken as uncorrelated)
+    keep     M and V keep their numbers, which then refer to other directions
+    reset    M = 0, V = 0, and bias correction starts again
+    rotate   the same moments in the new coordinates, with C = P_new^T P_old:
+             M <- M C^T,  V <- V (C o C)^T  (coordinates taken as uncorrelated)
     """
     names = list(b.rule.buffers(b.view.low_shape, b.hyper))
     if b.hyper.carry == "reset":

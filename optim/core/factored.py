@@ -6,13 +6,16 @@ a batch of matrices. Means stand in for the paper's sums, which gives the same V
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
-def beta2(t: int, decay: float, cap: float = 1.0) -> float:
+def beta2(t: int, decay: float) -> float:
     """`1 - t^decay`, 0 at t = 1, so that no bias correction is needed."""
-    return min(cap, 1.0 - float(t) ** decay)
+    fresh: float = float(t) ** decay
+    return 1.0 - fresh
 
 
 def accumulate(grad: Tensor, row: Tensor, col: Tensor, weight: float, floor: float) -> None:
@@ -38,7 +41,8 @@ def precondition_floored(grad: Tensor, row: Tensor, col: Tensor, eps: float) -> 
 
 def rms(tensor: Tensor) -> Tensor:
     """Root mean square of a whole tensor, a 0-d tensor; 0 for an empty one."""
-    return torch.linalg.vector_norm(tensor) / max(tensor.numel(), 1) ** 0.5
+    norm: Tensor = torch.linalg.vector_norm(tensor)
+    return norm / math.sqrt(max(tensor.numel(), 1))
 
 
 def clip_(update: Tensor, threshold: float | None) -> Tensor:

@@ -164,7 +164,7 @@ def check_subspace(group: Mapping[str, Any]) -> None:
     if not 0.0 < group["scale"] < float("inf"):
         raise ValueError(f"Invalid scale: {group['scale']}; need a positive number")
     if group.get("dim", 2) != 2:
-        raise ValueError(f"Invalid dim: {group['dim']}; weights of more dimensions are viewed as matrices, drop the key")
+        raise ValueError(f"Invalid dim: {group['dim']}; drop the key, more dimensions are viewed as a matrix")
 
 
 def check_choices(group: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:

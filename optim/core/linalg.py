@@ -20,7 +20,8 @@ def _identity(tensor: Tensor) -> Tensor:
 
 def orthonormal(columns: Tensor) -> Tensor:
     """Orthonormalise columns by Householder QR; deficient directions become arbitrary orthonormal ones."""
-    return torch.linalg.qr(columns)[0].contiguous()
+    factor: Tensor = torch.linalg.qr(columns)[0]
+    return factor.contiguous()
 
 
 def product(matrix: Tensor, thin: Tensor) -> Tensor:
@@ -35,14 +36,14 @@ def range_finder(
     scale: Tensor,
     sum_rows: Sum = _identity,
 ) -> Tensor:
-    """Randomized subspace iteration: `Q <- qr(A^T A Q)`, `iterations` times from an orthonormalised start.
+    """Randomized subspace iteration: `Q <- qr(A^T A Q)`, `iterations` times.
 
     The tall product A Q is not orthonormalised in between: squaring the spectrum within one iteration costs digits
     only in directions that carry no energy, and saves the larger of the two QRs.
 
     Args:
         matrix: A (a x b).
-        start: Start columns (b x l).
+        start: Well-conditioned start columns (b x l).
         iterations: Number of power iterations.
         scale: max|A|, divided out so that squares neither overflow nor vanish.
         sum_rows: Sum over shards of the rows of A.
@@ -50,7 +51,7 @@ def range_finder(
     Returns:
         Orthonormal columns (b x l).
     """
-    columns = orthonormal(start)
+    columns = start
     for _ in range(iterations):
         image = product(matrix, columns / scale)  # (a, l)
         columns = orthonormal(sum_rows(product(matrix.T, image / scale)))
@@ -60,18 +61,17 @@ def range_finder(
 def ritz(matrix: Tensor, columns: Tensor, rank: int, scale: Tensor, sum_rows: Sum = _identity) -> Tensor:
     """Rotate columns (b x l) to the r best directions of A within their span, largest first (Rayleigh-Ritz)."""
     image = product(matrix, columns / scale)  # (a, l)
-    gram = sum_rows(image.T @ image).double()
-    vectors = eigenvectors(gram).to(columns.dtype)
-    return columns @ vectors[:, :rank]
+    return columns @ eigenvectors(sum_rows(image.T @ image))[:, :rank]
 
 
 def eigenvectors(gram: Tensor) -> Tensor:
     """Eigenvectors of a symmetric positive matrix, largest eigenvalue first, surviving a failed convergence."""
+    vectors: Tensor
     try:
-        vectors = torch.linalg.eigh(gram)[1]
-    except torch.linalg.LinAlgError:
-        vectors = torch.linalg.svd(gram + gram.diagonal().mean() * torch.eye(len(gram)).to(gram))[0].flip(-1)
-    return vectors.flip(-1)
+        vectors = torch.linalg.eigh(gram)[1].flip(-1)
+    except RuntimeError:  # the base of torch.linalg.LinAlgError
+        vectors = torch.linalg.svd(gram.double())[0].to(gram.dtype)
+    return vectors
 
 
 def exact_basis(matrix: Tensor, rank: int, scale: Tensor) -> Tensor:

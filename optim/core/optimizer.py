@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class SubspaceOptimizer(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # A bare tensor is torch's error to raise, not a list of its rows.
         groups: Any = params if isinstance(params, Tensor) else list(params)
-        named = not isinstance(params, Tensor) and any(isinstance(g, dict) and ("rank" in g or "density" in g) for g in groups)
+        named = any(isinstance(group, dict) and ("rank" in group or "density" in group) for group in groups)
         self._transient()
         normalise(defaults, frozenset(defaults))
         self._validate(defaults)
@@ -130,7 +131,7 @@ class SubspaceOptimizer(Optimizer):
                 plan.positions.append(position)
                 position += 1
         self._stagger([plan for plan in sorted_out.values() if plan.view is not None])
-        return iter(sorted_out.values())
+        return chain.from_iterable(plan.split() for plan in sorted_out.values())
 
     def _stagger(self, plans: list[Plan]) -> None:
         """Spread the refreshes of all projected matrices evenly over their interval, in parameter order."""

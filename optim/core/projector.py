@@ -49,7 +49,7 @@ class Bases(NamedTuple):
 def sketch(request: Request) -> Bases:
     """Randomized subspace iteration (Halko et al., arXiv 0909.4061): the dominant subspace in a few thin GEMMs.
 
-        Q_0 = qr([P_old, Omega])  or  qr(A^T Omega);   Q <- qr(A^T A Q) twice;   P = Q E
+        Q_0 = [P_old, Omega]  or  qr(A^T Omega);   Q <- qr(A^T A Q) twice;   P = Q E
 
     with 8 columns more than the rank and E the leading eigenvectors of `(A Q)^T A Q`. At r = b / 4 it captures 0.99
     or more of the energy of an SVD's basis and costs a fraction of it.
@@ -59,7 +59,7 @@ def sketch(request: Request) -> Bases:
     columns = min(view.rank + OVERSAMPLE, view.b)
     if request.old is None:
         omega = random.normal(request.seed, view.a, columns, matrix.device).to(scale.dtype)
-        start = request.layout.sum_rows(linalg.product(matrix.T, omega / scale))
+        start = linalg.orthonormal(request.layout.sum_rows(linalg.product(matrix.T, omega / scale)))
     else:
         fresh = random.normal(request.seed, view.b, columns - view.rank, matrix.device).to(scale.dtype)
         start = torch.cat([request.old.to(scale.dtype), fresh / view.b**0.5], dim=1)

@@ -6,9 +6,10 @@ moves by `-lr N` (or by `-N` where the rule is `absolute`: it has the learning r
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -41,29 +42,29 @@ class Work:
     out: Sequence[Tensor]
 
 
-class Rule(Protocol):
-    """An inner rule."""
+class Rule(ABC):
+    """An inner rule: stateless itself, its state is the tensors it describes."""
 
-    linear: tuple[str, ...]
-    """States that follow a change of basis as R does, `M C^T`."""
-    drifting: tuple[str, ...]
+    linear: tuple[str, ...] = ("exp_avg",)
+    """States that follow a change of basis as R does."""
+    drifting: tuple[str, ...] = ()
     """Second moments, whose small relative changes low-precision storage must not lose."""
-    absolute: bool
+    absolute: bool = False
     """The direction includes the learning rate."""
 
+    @abstractmethod
     def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
         """Shapes of the state tensors for a gradient of this shape."""
 
+    @abstractmethod
     def direction(self, work: Work, hyper: Hyper) -> None:
         """Update the states and write the directions."""
 
 
-class AdamW:
+class AdamW(Rule):
     """Adam's direction, `N = Mhat / (sqrt(Vhat) + eps)`."""
 
-    linear = ("exp_avg",)
     drifting = ("exp_avg_sq",)
-    absolute = False
 
     def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
         """First and second moment, of the gradient's shape."""
@@ -76,16 +77,12 @@ class AdamW:
         counts = list(work.counts) if hyper.correct_bias else [reference.NO_CORRECTION] * len(work.counts)
         moments = ([s["exp_avg"] for s in work.states], [s["exp_avg_sq"] for s in work.states])
         adam = pick("adam", work.grads[0], hyper.backend)
-        eps = _single(hyper.eps)
+        eps = single_eps(hyper.eps)
         adam(list(work.grads), moments, counts, list(work.out), hyper.betas, eps, raw_eps=hyper.official)
 
 
-class Lion:
+class Lion(Rule):
     """Lion's direction, `N = sign(b1 M + (1 - b1) R)`, then `M <- b2 M + (1 - b2) R` (arXiv 2302.06675)."""
-
-    linear = ("exp_avg",)
-    drifting = ()
-    absolute = False
 
     def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
         """One moment, of the gradient's shape."""
@@ -97,12 +94,8 @@ class Lion:
             reference.lion(grad, state["exp_avg"], out, hyper.betas)
 
 
-class SGD:
+class SGD(Rule):
     """Heavy-ball momentum with coefficient b1 = betas[0]: `M <- b1 M + R`, `N = M`; b1 = 0 is plain SGD."""
-
-    linear = ("exp_avg",)
-    drifting = ()
-    absolute = False
 
     def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
         """One moment of the gradient's shape, none without momentum."""
@@ -117,14 +110,13 @@ class SGD:
                 out.copy_(grad)
 
 
-class Adafactor:
+class Adafactor(Rule):
     """Adafactor's update of R: `U = R / sqrt(V)` with factored V, clipped, times lr, averaged with b1 = betas[0].
 
     A single `eps` bounds the root of V from below as in Adam (eps^2 is added to R^2); a pair is Adafactor's own
     (eps1 added to R^2, eps2 the smallest parameter scale).
     """
 
-    linear = ("exp_avg",)
     drifting = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
     absolute = True
 
@@ -166,7 +158,8 @@ def learning_rate(hyper: Hyper, t: int, weight: Tensor, dtype: torch.dtype) -> f
     return lr
 
 
-def _single(eps: float | tuple[float, float]) -> float:
+def single_eps(eps: float | tuple[float, float]) -> float:
+    """The number that Adam adds to the root; a pair is Adafactor's, whose first entry it is."""
     return eps[0] if isinstance(eps, tuple) else eps
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -12,7 +12,8 @@ from .state import COUNTERS, Spec
 from .view import MatrixView
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Row:
     """Parameters of one group that are treated alike."""
 
     group: int
@@ -67,7 +68,7 @@ def summarise(plans: list[Plan], specs: Callable[[Tensor, MatrixView | None, int
             key = (plan.group, shape, plan.view)
             side, rank = ("plain", None) if plan.view is None else (plan.view.side, plan.view.rank)
             row = rows.get(key, Row(plan.group, shape, 0, side, rank, 0, 0))
-            rows[key] = row._replace(
-                count=row.count + 1, weights=row.weights + param.numel(), state_bytes=row.state_bytes + size
+            rows[key] = replace(
+                row, count=row.count + 1, weights=row.weights + param.numel(), state_bytes=row.state_bytes + size
             )
     return Summary(rows.values())

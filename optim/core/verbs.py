@@ -21,7 +21,7 @@ from .bucket import Bucket
 from .carry import carry_moments
 from .hyper import Hyper
 from .projector import PROJECTORS, Request, official_svd
-from .rules import Work, learning_rate
+from .rules import Work, learning_rate, single_eps
 
 
 def refresh(b: Bucket) -> None:
@@ -70,8 +70,8 @@ def _skip(b: Bucket, index: int) -> None:
     if int(held["refreshes"]) == 0:
         for name in b.view.basis_shapes:
             seed = random.mix(b.hyper.seed, b.positions[index], len(name))
-            columns = random.normal(seed, *held[name].shape, held[name].device)
-            held[name].copy_(linalg.orthonormal(columns))
+            rows, cols = held[name].shape
+            held[name].copy_(linalg.orthonormal(random.normal(seed, rows, cols, held[name].device)))
 
 
 def project(b: Bucket) -> Tensor:
@@ -196,9 +196,9 @@ def _delegate(b: Bucket, indices: list[int], *, fused: bool) -> None:
         amsgrad=False,
         beta1=hyper.betas[0],
         beta2=hyper.betas[1],
-        lr=hyper.lr,  # type: ignore[arg-type]
+        lr=hyper.lr,
         weight_decay=hyper.weight_decay,
-        eps=hyper.eps,  # type: ignore[arg-type]
+        eps=single_eps(hyper.eps),
         maximize=hyper.maximize,
     )
 

@@ -1,0 +1,1 @@
+"""Dense transcriptions of the papers, sharing no code with the package."""
