@@ -1,0 +1,50 @@
+"""The package installs from a wheel, and the repository root as current folder disturbs nobody's imports."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str, cwd: Path, path: str = "") -> str:
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, cwd=folder)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_the_namespace_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"lowmem", f"lowmem-{wheel.name.split('-')[1]}.dist-info"}
+    assert "lowmem/optim/py.typed" in names
+    assert "lowmem/__init__.py" not in names
+
+
+def test_wheel_imports_from_its_own_folder(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import lowmem.optim as o, lowmem.kernels, lowmem.bench.cli; print(o.__file__)"
+    assert str(tmp_path) in run(code, tmp_path, str(tmp_path / "site"))
+
+
+@pytest.mark.parametrize("package", ["transformers", "bitsandbytes"])
+def test_neighbours_import_from_the_repository_root(package: str) -> None:
+    pytest.importorskip(package)
+    run(f"import {package}", ROOT)
+
+
+def test_bare_kernels_is_missing_not_ours() -> None:
+    code = "import sys\ntry:\n    import kernels\nexcept ModuleNotFoundError as error:\n    print(error.name)"
+    assert run(code, ROOT).strip() == "kernels"
