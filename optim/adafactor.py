@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from .core import codec, factored, state
 from .core.bucket import Bucket, State
-from .core.hyper import check_adam, check_choices
+from .core.hyper import check_adam, check_choices, scalar
 from .core.optimizer import SubspaceOptimizer
 from .core.view import MatrixView
 
@@ -146,11 +146,20 @@ class Adafactor(SubspaceOptimizer):
         eps: tuple[float | None, float] = (None, 1e-3),
         d: float = 1.0,
         weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
         **options: Any,
     ) -> Adafactor:
-        """Construct with the signature and the formulas of torch.optim.Adafactor."""
-        preset: dict[str, Any] = {"relative_step": True, "eps_mode": "floor", "decay_by": "lr"} | options
-        return cls(params, lr, None, beta2_decay, eps, d, weight_decay, **preset)
+        """Construct with the signature and the formulas of torch.optim.Adafactor.
+
+        Raises:
+            ValueError: `foreach=True`; there is one form, whose results equal both of torch's.
+        """
+        if foreach:
+            raise ValueError("foreach=True is not supported: drop it, there is one form of this optimizer")
+        preset: dict[str, Any] = {"beta2_decay": beta2_decay, "eps": eps, "clip_threshold": d}
+        preset |= {"weight_decay": weight_decay, "decay_by": "lr", "relative_step": True, "eps_mode": "floor"}
+        return cls(params, lr, **preset | options)
 
     @classmethod
     def hf(
@@ -174,9 +183,10 @@ class Adafactor(SubspaceOptimizer):
         """
         if lr is not None and relative_step:
             raise ValueError(f"lr={lr} contradicts relative_step=True: pass relative_step=False or lr=None")
-        preset: dict[str, Any] = {"relative_step": relative_step, "scale_parameter": scale_parameter}
-        preset |= {"warmup_init": warmup_init, "decay_by": "alpha"} | options
-        return cls(params, lr, beta1, decay_rate, eps, clip_threshold, weight_decay, **preset)
+        preset: dict[str, Any] = {"beta1": beta1, "beta2_decay": decay_rate, "eps": eps}
+        preset |= {"clip_threshold": clip_threshold, "weight_decay": weight_decay, "decay_by": "alpha"}
+        preset |= {"relative_step": relative_step, "scale_parameter": scale_parameter, "warmup_init": warmup_init}
+        return cls(params, lr, **preset | options)
 
     def plain(self, b: Bucket) -> None:
         """One step of Adafactor, parameter by parameter."""
@@ -200,27 +210,36 @@ class Adafactor(SubspaceOptimizer):
             update = moment.clone() if moment is held["exp_avg"] else moment
         if o.momentum_on == "update":
             update.mul_(alpha)
-        decay = 1 - o.weight_decay * {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by]
-        if param.dtype == work:
-            param.mul_(decay).sub_(update)
-        else:
-            param.copy_(param.to(work).mul_(decay).sub_(update))
+        weight = param.to(work)
+        if o.weight_decay:
+            weight.mul_(1 - o.weight_decay * {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by])
+        weight.sub_(update)
+        if weight is not param:
+            param.copy_(weight)
 
     def _validate(self, group: dict[str, Any]) -> None:
+        if group["lr"] is None:
+            raise ValueError(
+                "Invalid learning rate: None in a group; give a number, or lr=None to the constructor alone"
+            )
         check_adam(group)
         check_choices(group, CHOICES)
-        beta1, d = group["beta1"], group["clip_threshold"]
+        beta1, d, eps, smallest = (group[k] for k in ("beta1", "clip_threshold", "eps", "min_dim_size_to_factor"))
+        if not isinstance(eps, (tuple, list)) or len(eps) != 2 or eps[1] is None:
+            raise ValueError(f"Invalid eps: {eps}; need the pair (eps1 or None, eps2), as (1e-30, 1e-3)")
+        if not isinstance(smallest, int) or smallest < 0:
+            raise ValueError(f"Invalid min_dim_size_to_factor: {smallest}; need an integer of at least 0")
         if beta1 is not None and not 0.0 <= beta1 < 1.0:
             raise ValueError(f"Invalid beta1: {beta1}; need 0 <= beta1 < 1, or None for no momentum")
-        if group["beta2_decay"] > 0.0:
+        if not group["beta2_decay"] <= 0.0:
             raise ValueError(f"Invalid beta2_decay: {group['beta2_decay']}; need an exponent of at most 0, as -0.8")
-        if d is not None and d <= 0.0:
+        if d is not None and not d > 0.0:
             raise ValueError(f"Invalid clip_threshold: {d}; need a positive number, or None to not clip")
         if group["warmup_init"] and not group["relative_step"]:
             raise ValueError("warmup_init=True needs relative_step=True: leave out lr, or warmup_init")
 
     def _hyper(self, group: dict[str, Any]) -> Options:
-        return Options(**{field.name: group[field.name] for field in fields(Options)})
+        return Options(**{field.name: scalar(group[field.name]) for field in fields(Options)})
 
     def _view(self, param: Tensor, hyper: Any) -> MatrixView | None:
         return None
@@ -245,7 +264,7 @@ def precondition(grad: Tensor, held: State, t: int, o: Options, eps1: float) -> 
     order = o.dims(tuple(grad.shape))
     if order is None:
         whole = held["exp_avg_sq"].lerp_(grad.square().add_(added), fresh)
-        return (whole.clamp(min=eps1**2) if floor else whole).rsqrt().mul_(grad)
+        return (factored.floor_variance(whole.clone(), eps1) if floor else whole).rsqrt().mul_(grad)
     matrix, row, col = grad.permute(order), held["exp_avg_sq_row"], held["exp_avg_sq_col"]
     factored.accumulate(matrix, row, col, fresh, added)
     if floor:

@@ -36,7 +36,12 @@ def precondition_floored(grad: Tensor, row: Tensor, col: Tensor, eps: float) -> 
     """`U = G / sqrt(max(V, eps^2))` with `V = R C^T / max(mean(R), eps)`, torch.optim.Adafactor's form."""
     variance = row.unsqueeze(-1) * col.unsqueeze(-2)
     variance.div_(row.mean(-1, keepdim=True).unsqueeze(-1).clamp(min=eps))
-    return variance.clamp_(min=eps * eps).rsqrt_().mul_(grad)
+    return floor_variance(variance, eps).rsqrt_().mul_(grad)
+
+
+def floor_variance(variance: Tensor, eps: float) -> Tensor:
+    """`max(V, eps^2)` in place, kept from underflowing to a division of zero by zero."""
+    return variance.clamp_(min=max(eps * eps, torch.finfo(variance.dtype).tiny))
 
 
 def rms(tensor: Tensor) -> Tensor:

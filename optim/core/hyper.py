@@ -76,7 +76,7 @@ class Hyper:
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyper:
         """Read the record from a parameter group, with the defaults that depend on `compat`."""
-        values = {name: group[name] for name in _FIELDS if name in group}
+        values = {name: scalar(group[name]) for name in _FIELDS if name in group}
         official = values["compat"] == "official"
         values["carry"] = values["carry"] or ("keep" if official else "rotate")
         values["state_dtype"] = values["state_dtype"] or ("parameter" if official else "float32")
@@ -92,6 +92,11 @@ class Hyper:
         if self.density is not None:
             return max(1, round(self.density * min(shape)))
         return self.rank
+
+
+def scalar(value: Any) -> Any:
+    """View a 1-element tensor as 0-d, so that it multiplies a tensor of any shape; leave other values."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
 
 
 _FIELDS = tuple(field.name for field in fields(Hyper))
@@ -131,7 +136,7 @@ def check_adam(group: Mapping[str, Any]) -> None:
     lr, eps = group["lr"], group["eps"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    if not isinstance(lr, Tensor) and not 0.0 <= lr < float("inf"):
+    if not 0.0 <= float(lr) < float("inf"):
         raise ValueError(f"Invalid learning rate: {lr}")
     for value in eps if isinstance(eps, (tuple, list)) else (eps,):
         if value is not None and not 0.0 <= value < float("inf"):

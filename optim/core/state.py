@@ -86,7 +86,7 @@ def restore(saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], 
     if saved.keys() != described.keys():
         raise ValueError(
             f"the loaded state of {label} has {sorted(saved)}, this optimizer keeps {sorted(described)}: "
-            "construct it with the method, rule and rank of the checkpoint"
+            "construct it as the optimizer of the checkpoint was"
         )
     loaded = {}
     for name, spec in described.items():
@@ -94,7 +94,7 @@ def restore(saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], 
         if tuple(value.shape) != spec.shape:
             raise ValueError(
                 f"the loaded {name!r} of {label} has shape {tuple(value.shape)}, this optimizer needs {spec.shape}: "
-                "construct it with the rank and proj_type of the checkpoint"
+                "construct it with the options of the checkpoint"
             )
         loaded[name] = value.detach().to(device=spec.device, dtype=spec.dtype, copy=True)
     return loaded
