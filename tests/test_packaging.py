@@ -39,12 +39,18 @@ def test_wheel_imports_from_its_own_folder(wheel: Path, tmp_path: Path) -> None:
     assert str(tmp_path) in run(code, tmp_path, str(tmp_path / "site"))
 
 
-@pytest.mark.parametrize("package", ["transformers", "bitsandbytes"])
-def test_neighbours_import_from_the_repository_root(package: str) -> None:
+@pytest.mark.parametrize(
+    ("package", "code"),
+    [
+        ("transformers", "from transformers import LlamaForCausalLM"),
+        ("bitsandbytes", "import bitsandbytes"),
+    ],
+)
+def test_neighbours_import_from_the_repository_root(package: str, code: str) -> None:
     pytest.importorskip(package)
-    run(f"import {package}", ROOT)
+    run(code, ROOT)
 
 
-def test_bare_kernels_is_missing_not_ours() -> None:
-    code = "import sys\ntry:\n    import kernels\nexcept ModuleNotFoundError as error:\n    print(error.name)"
-    assert run(code, ROOT).strip() == "kernels"
+def test_bare_kernels_passes_for_a_folder() -> None:
+    code = "import kernels\nassert not hasattr(kernels, '__file__') and not hasattr(kernels, 'pick')"
+    run(code, ROOT)

@@ -1,0 +1,143 @@
+"""The commands of `lowmem`; what they need is imported when they run, so that `--help` is fast."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .config import DTYPES, RunConfig
+from .errors import UserError, did_you_mean
+
+app = typer.Typer(
+    name="lowmem",
+    help="Memory-efficient optimizers: pre-train a LLaMA with one, compare several.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+OPEN_ENDED = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/MODEL-OPTIMIZER")]
+SaveEvery = Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 saves at the end only.")]
+
+
+def run_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command, in place of its `**shared`, one flag for every field of `RunConfig`."""
+    hints = typing.get_type_hints(RunConfig)
+    flags = [
+        inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=Annotated[hints[field.name], typer.Option(help=field.metadata["help"])],
+        )
+        for field in fields(RunConfig)
+        if "help" in field.metadata
+    ]
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    command.__signature__ = signature.replace(parameters=own + flags)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in own + flags}
+    return command
+
+
+@app.command(
+    context_settings=OPEN_ENDED,
+    epilog="Every option of the optimizer is a flag too, such as --lr 1e-2 --rank 64: see lowmem optimizers NAME.",
+)
+@run_flags
+def pretrain(
+    context: typer.Context,
+    *,
+    optimizer: Annotated[str, typer.Option(help="One of those that `lowmem optimizers` lists.")] = "adamw",
+    out: Out = None,
+    save_every: SaveEvery = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
+    stop_after: Annotated[int, typer.Option(min=0, help="Stop early, with a checkpoint, after so many steps.")] = 0,
+    **shared: Any,
+) -> None:
+    """Pre-train a LLaMA on real text with one optimizer."""
+    from .optimizers import run_options
+    from .options import flags_to_texts, parse_options
+
+    options = run_options(optimizer)
+    switches = [option.name for option in options.values() if bool in option.kinds]
+    texts = flags_to_texts(context.args, switches)
+    _refuse_unknown(context, optimizer, texts, options)
+    config = RunConfig(**shared, optimizer=optimizer, options=parse_options(optimizer, options, texts))
+    from .pretrain import Session
+    from .pretrain import pretrain as run
+
+    folder = out or Path("runs") / f"{Path(config.model).stem}-{optimizer}"
+    run(config, folder, Session(resume, save_every, stop_after))
+
+
+@app.command()
+@run_flags
+def compare(
+    entries: Annotated[list[str], typer.Argument(help='Such as adamw "galore lr=1e-2 rank=32".', metavar="ENTRY...")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/compare"),
+    save_every: SaveEvery = 0,
+    **shared: Any,
+) -> None:
+    """Run several optimizers, each in its own process, and write a table and a picture."""
+    config = RunConfig(**shared)
+    from .compare import compare as run
+
+    run(entries, config, out, save_every)
+
+
+@app.command("step-time")
+def step_time(
+    *,
+    model: Annotated[str, typer.Option(help="A model name or a config JSON.")] = "60m",
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the projections.")] = 128,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16: the type of weights and gradients.")] = "fp32",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each contender; they take turns.")] = 10,
+    gap: Annotated[int, typer.Option(min=1, help="Interval of the run with staggered refreshes.")] = 200,
+    peers: Annotated[bool, typer.Option("--peers", help='Time galore-torch too (extra "peers").')] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.", show_default="not written")] = None,
+) -> None:
+    """Time optimizer steps side by side: floor, ours, torch's AdamW, the neighbours."""
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype}: it must be {' or '.join(DTYPES)}")
+    from .step_time import Settings
+    from .step_time import step_time as run
+
+    run(Settings(model, rank, dtype, rounds, gap, peers), out)
+
+
+@app.command()
+def optimizers(
+    name: Annotated[str, typer.Argument(help="An optimizer; without it all names are listed.")] = "",
+) -> None:
+    """List the optimizers, or the options of one."""
+    from .optimizers import available, run_options
+
+    if not name:
+        typer.echo("\n".join(available()))
+        return
+    for option in run_options(name).values():
+        kinds = "|".join("true/false" if kind is bool else kind.__name__ for kind in option.kinds)
+        typer.echo(f"{option.flag:<24} {kinds:<24} default {option.default}")
+
+
+def _refuse_unknown(context: typer.Context, optimizer: str, texts: dict[str, str], options: dict[str, Any]) -> None:
+    fixed = [parameter.name or "" for parameter in context.command.params]
+    for name in texts:
+        if name not in options:
+            flags = ["--" + other.replace("_", "-") for other in [*options, *fixed]]
+            flag = "--" + name.replace("_", "-")
+            valid = " ".join(option.flag for option in options.values())
+            near = did_you_mean(flag, flags)
+            raise UserError(
+                f"unknown flag {flag}.{near} Flags of {optimizer}: {valid}; the others: lowmem pretrain --help"
+            )

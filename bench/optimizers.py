@@ -1,0 +1,83 @@
+"""The optimizers that a run can use: those of `lowmem.optim`, found by name, and torch's AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from .. import optim
+from .errors import UserError, did_you_mean, one_line
+from .options import Option, options_of
+
+
+def available() -> dict[str, type[Optimizer]]:
+    """Return the optimizers by lower-cased class name."""
+    public = [getattr(optim, name) for name in optim.__all__]
+    classes = [AdamW] + [item for item in public if isinstance(item, type) and issubclass(item, Optimizer)]
+    return {cls.__name__.lower(): cls for cls in classes}
+
+
+def resolve(name: str) -> type[Optimizer]:
+    """Return the class of an optimizer.
+
+    Raises:
+        UserError: If there is no optimizer of that name.
+    """
+    found = available()
+    if name not in found:
+        raise UserError(f"unknown optimizer {name!r}.{did_you_mean(name, found)} Choose from: {', '.join(found)}")
+    return found[name]
+
+
+def run_options(name: str) -> dict[str, Option]:
+    """Return the options that a run can set; `seed` is not among them, since the run's seed is used."""
+    options = options_of(resolve(name))
+    options.pop("seed", None)
+    return options
+
+
+def build_optimizer(name: str, options: Mapping[str, Any], model: nn.Module, seed: int) -> Optimizer:
+    """Return the optimizer over `model`'s parameters.
+
+    An optimizer with a `rank` gets the groups of `param_groups`: linear layers projected, the rest plain.
+
+    Raises:
+        UserError: If the constructor refuses an option.
+    """
+    cls = resolve(name)
+    known = options_of(cls)
+    given = dict(options)
+    if "seed" in known:
+        given["seed"] = seed
+    if cls is AdamW and not {"fused", "foreach", "differentiable"} & set(given):
+        given["fused"] = True
+    params: Any = list(model.parameters())
+    try:
+        if "rank" in known:
+            rank = {"rank": given.pop("rank")} if "rank" in given else {}
+            params = optim.param_groups(model, **rank)
+        return cls(params, **given)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{name}: {one_line(error)}") from error
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Return the bytes of all tensors in the optimizer's state; storage that is shared counts once."""
+    sizes: dict[tuple[str, int], int] = {}
+
+    def visit(value: Any) -> None:
+        if hasattr(value, "untyped_storage"):
+            storage = value.untyped_storage()
+            sizes[str(value.device), storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+
+    visit(optimizer.state)
+    return sum(sizes.values())

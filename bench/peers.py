@@ -1,0 +1,107 @@
+"""What `step-time` times: our optimizers, torch's, the neighbours' and the bare matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from ..optim import GaLore
+from .errors import UserError
+
+LR = 1e-6
+NEVER = 1 << 30
+
+
+class Stepper(Protocol):
+    """Anything that steps parameters with gradients in place."""
+
+    def step(self) -> Any:
+        """Step all parameters once."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table.
+
+    Args:
+        name: What is shown.
+        stepper: What is timed.
+        refresh: Makes the next step refresh all bases; None where there are none.
+    """
+
+    name: str
+    stepper: Stepper
+    refresh: Callable[[], None] | None = None
+
+
+class GemmFloor:
+    """Projection into a buffer and `addmm_` into the weight, nothing else: what a step cannot do without.
+
+    Args:
+        params: Weights with gradients.
+        rank: Columns of the (random orthonormal) bases.
+    """
+
+    def __init__(self, params: Iterable[Tensor], rank: int) -> None:
+        self.work = []
+        for param in params:
+            m, n = param.shape
+            basis = torch.linalg.qr(torch.randn(min(m, n), rank))[0].to(param)
+            self.work.append((param, basis, param.new_empty(max(m, n), rank)))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Project and project back."""
+        for param, basis, low in self.work:
+            assert param.grad is not None
+            if param.shape[0] >= param.shape[1]:
+                torch.mm(param.grad, basis, out=low)
+                param.addmm_(low, basis.T, beta=1 - LR, alpha=-LR)
+            else:
+                torch.mm(param.grad.T, basis, out=low)
+                param.addmm_(basis, low.T, beta=1 - LR, alpha=-LR)
+
+
+def ours(params: list[Tensor], rank: int, **options: Any) -> Contender:
+    """GaLore of this package."""
+    optimizer = GaLore(params, lr=LR, rank=rank, **{"update_proj_gap": NEVER, **options})
+
+    def refresh() -> None:
+        for state in optimizer.state.values():
+            state["until_refresh"].zero_()
+
+    return Contender("GaLore", optimizer, refresh)
+
+
+def torch_adamw(params: list[Tensor]) -> list[Contender]:
+    """torch.optim.AdamW in its three forms."""
+    forms = {"loop": (False, False), "foreach": (True, False), "fused": (False, True)}
+    return [
+        Contender(f"torch AdamW {name}", AdamW(params, lr=LR, foreach=foreach, fused=fused))
+        for name, (foreach, fused) in forms.items()
+    ]
+
+
+def galore_torch(params: list[Tensor], rank: int) -> Contender:
+    """GaLoreAdamW of galore-torch.
+
+    Raises:
+        UserError: If galore-torch is not installed.
+    """
+    try:
+        from galore_torch import GaLoreAdamW
+    except ImportError as error:
+        raise UserError(f'--peers needs galore-torch ({error}): pip install "lowmem[peers]"') from error
+    group = {"params": params, "rank": rank, "update_proj_gap": NEVER, "scale": 0.25, "proj_type": "std"}
+    optimizer: Optimizer = GaLoreAdamW([group], lr=LR, weight_decay=0.01, no_deprecation_warning=True)
+
+    def refresh() -> None:
+        for state in optimizer.state.values():
+            state["step"] = 0  # it refreshes where the count divides the gap
+
+    return Contender("galore-torch", optimizer, refresh)

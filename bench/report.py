@@ -1,0 +1,154 @@
+"""Pictures and tables of finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from rich.filesize import decimal
+from rich.table import Table
+
+from .rundir import Record, RunFolder
+
+# Okabe and Ito's palette without its yellow, which is too light for a line on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "osD^vPX"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses of one run by tokens seen."""
+
+    label: str
+    train: tuple[list[int], list[float]]
+    held_out: tuple[list[int], list[float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run in a comparison."""
+
+    label: str
+    options: str
+    summary: Record
+
+
+def read_curve(folder: RunFolder, label: str) -> Curve:
+    """Return the curve of a run folder."""
+    series = []
+    for kind in ("train", "eval"):
+        records = folder.records(kind)
+        series.append(([record["tokens"] for record in records], [record["loss"] for record in records]))
+    return Curve(label, series[0], series[1])
+
+
+def loss_picture(path: Path, curve: Curve) -> None:
+    """Write the losses of one run."""
+    figure, axes = _subplots(1)
+    _draw(axes[0], curve, COLOURS[0], MARKERS[0])
+    _finish_losses(axes[0], [curve])
+    figure.savefig(path)
+
+
+def comparison_picture(path: Path, curves: Sequence[Curve], rows: Sequence[Row]) -> None:
+    """Write all curves, and the optimizer states as bars beside them."""
+    figure, axes = _subplots(2, width_ratios=[2.2, 1])
+    for index, curve in enumerate(curves):
+        _draw(axes[0], curve, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+    _finish_losses(axes[0], curves)
+    sizes = [row.summary["optimizer_state_bytes"] / 1e6 for row in rows]
+    colours = [COLOURS[index % len(COLOURS)] for index in range(len(rows))]
+    bars = axes[1].barh([row.label for row in rows], sizes, height=0.5, color=colours)
+    axes[1].bar_label(bars, labels=[f"{size:,.3g}" for size in sizes], padding=3)
+    axes[1].invert_yaxis()
+    axes[1].margins(x=0.18)
+    axes[1].set(xlabel="megabytes", title="Optimizer state")
+    figure.savefig(path)
+
+
+COLUMNS = (
+    "optimizer",
+    "options",
+    "state",
+    "state %",
+    "peak memory",
+    "val loss",
+    "vs first",
+    "optimizer step",
+    "whole step",
+    "tokens/s",
+)
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Return the text of the comparison's table; shares and differences are against the first row."""
+    first = rows[0].summary
+    table: list[tuple[str, ...]] = []
+    for row in rows:
+        summary = row.summary
+        state = summary["optimizer_state_bytes"]
+        table.append(
+            (
+                row.label,
+                row.options,
+                decimal(state),
+                f"{100 * state / first['optimizer_state_bytes']:.1f} %" if first["optimizer_state_bytes"] else "-",
+                decimal(summary["peak_memory_bytes"]),
+                f"{summary['val_loss']:.4f}",
+                f"{100 * (summary['val_loss'] / first['val_loss'] - 1):+.2f} %",
+                f"{1e3 * summary['optimizer_step_s']['median']:.1f} ms",
+                f"{1e3 * summary['step_s']['median']:.1f} ms",
+                f"{summary['tokens_per_s']:,.0f}",
+            )
+        )
+    return table
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """Return the comparison for a terminal."""
+    table = Table()
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if index < 2 else "right")
+    for row in cells(rows):
+        table.add_row(*row)
+    return table
+
+
+def comparison_markdown(rows: Sequence[Row]) -> str:
+    """Return the comparison as a Markdown table."""
+    rules = ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (COLUMNS, rules, *cells(rows)))
+
+
+def _subplots(count: int, **layout: Any) -> tuple[Any, list[Any]]:
+    figure = Figure(figsize=(4 + 4 * count, 4.8), dpi=120, layout="constrained")
+    with rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        axes = figure.subplots(1, count, squeeze=False, **layout)
+    return figure, list(axes[0])
+
+
+def _draw(axis: Any, curve: Curve, colour: str, marker: str) -> None:
+    tokens, losses = curve.train
+    width = max(1, len(losses) // 100)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    axis.plot(tokens[width - 1 :], smooth, color=colour, alpha=0.35, linewidth=1)
+    axis.plot(*curve.held_out, color=colour, marker=marker, markersize=5, linewidth=1.8, label=curve.label)
+
+
+def _finish_losses(axis: Any, curves: Sequence[Curve]) -> None:
+    axis.set(xlabel="tokens", ylabel="loss (nats a token)", title="Validation (marked) and training (thin) loss")
+    # The first steps from random weights would flatten everything else.
+    shown = [loss for curve in curves for loss in curve.held_out[1]]
+    lowest = min(shown + [loss for curve in curves for loss in curve.train[1][-len(curve.train[1]) // 2 :]])
+    highest = max(shown)
+    margin = 0.06 * (highest - lowest) or 0.1
+    axis.set_ylim(lowest - margin, highest + margin)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False)

@@ -1,0 +1,153 @@
+"""The folder of one run: configuration, metrics, checkpoint and summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+
+from .errors import UserError, one_line
+
+Record = dict[str, Any]
+
+
+class RunFolder:
+    """Files of one run; `summary.json` is written last and marks the run as finished."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the folder's path, which need not exist yet."""
+        self.path = path
+        self._config = path / "config.json"
+        self._metrics = path / "metrics.jsonl"
+        self._checkpoint = path / "checkpoint.pt"
+        self._summary = path / "summary.json"
+
+    @property
+    def started(self) -> bool:
+        """Whether a run was started here."""
+        return self._config.exists()
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run was finished here."""
+        return self._summary.exists()
+
+    def check(self, identity: Record, resume: bool) -> None:
+        """Raise a `UserError` if the folder belongs to another or a finished run.
+
+        Args:
+            identity: What the run's numbers depend on, as JSON values.
+            resume: Whether the folder must hold an unfinished run of the same identity.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path} is a file: choose a folder")
+        if self.started:
+            self._check_identity(identity)
+            if self.finished:
+                raise UserError(f"--out {self.path} holds a finished run: choose another --out")
+            if not resume:
+                raise UserError(f"--out {self.path} holds an unfinished run: add --resume or choose another --out")
+            return
+        if self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"--out {self.path} is not empty and no run folder: choose another --out")
+        if resume:
+            raise UserError(f"--out {self.path} holds no run to resume: leave --resume out to start one")
+
+    def start(self, identity: Record) -> None:
+        """Make the folder the run's own."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self._config, identity)
+
+    def holds(self, identity: Record) -> bool:
+        """Tell whether the run that was started here has this identity."""
+        return self.started and not _differences(read_json(self._config), identity)
+
+    def append(self, record: Record) -> None:
+        """Add one line to the metrics."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self, kind: str) -> list[Record]:
+        """Return the metrics of one kind (`train` or `eval`) in order."""
+        lines = self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else []
+        return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+    def summary(self) -> Record:
+        """Return the summary of a finished run."""
+        summary: Record = read_json(self._summary)
+        return summary
+
+    def finish(self, summary: Record) -> None:
+        """Write the summary, which marks the run as finished."""
+        write_json(self._summary, summary)
+
+    def save_checkpoint(self, state: Record) -> None:
+        """Write the checkpoint in one piece: an interrupted write leaves the old one."""
+        part = self._checkpoint.with_suffix(".part")
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self._checkpoint)
+
+    def load_checkpoint(self, device: torch.device) -> Record | None:
+        """Return the checkpoint, or None if there is none, and drop the metrics written after it."""
+        state: Record | None = None
+        if self._checkpoint.exists():
+            try:
+                state = torch.load(self._checkpoint, map_location=device, weights_only=True)
+            except (RuntimeError, EOFError, BadZipFile, pickle.UnpicklingError) as error:
+                raise UserError(f"{self._checkpoint} cannot be read: {one_line(error)}") from error
+        self._drop_after(state["step"] if state else 0)
+        return state
+
+    def _drop_after(self, step: int) -> None:
+        kept = []
+        for line in self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                # The run was cut off while writing its last line.
+                break
+            if record["step"] <= step:
+                kept.append(line + "\n")
+        self._metrics.write_text("".join(kept), encoding="utf-8")
+
+    def _check_identity(self, identity: Record) -> None:
+        differences = _differences(read_json(self._config), identity)
+        if differences:
+            raise UserError(
+                f"--out {self.path} holds a run of another configuration ({'; '.join(differences)}): "
+                "choose another --out"
+            )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one piece."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, or raise a `UserError`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON file: {one_line(error)}") from error
+
+
+def _differences(there: Record, here: Record, prefix: str = "") -> list[str]:
+    found = []
+    for key in dict.fromkeys([*there, *here]):
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} is {json.dumps(old)} there, {json.dumps(new)} here")
+    return found

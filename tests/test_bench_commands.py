@@ -1,0 +1,107 @@
+"""The commands as a user runs them: processes of their own, on a very small LLaMA and text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+BUDGET = ["--steps=6", "--length=16", "--batch-size=2", "--eval-every=3", "--eval-batches=2"]
+RUN_FILES = {"config.json", "metrics.jsonl", "summary.json", "loss.png", "checkpoint.pt", "model"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "small.json").write_text(json.dumps(SMALL))
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    return [f"--model={folder / 'small.json'}", f"--data={folder / 'text.txt'}", *BUDGET]
+
+
+def lowmem(*arguments, cwd, env=None):
+    """Run a command; one thread, since processes that share cores would wait for each other."""
+    command = [sys.executable, "-m", "lowmem.bench", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **(env or {})}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_pretrain_fills_a_run_folder_that_transformers_loads(small, tmp_path):
+    run = lowmem("pretrain", *small, "--lr", "1e-2", "--betas=0.9,0.95", "--out=run", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == ""
+    assert "tokens/s" in run.stdout
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == RUN_FILES
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["config"]["options"] == {"lr": 1e-2, "betas": [0.9, 0.95]}
+    assert set(summary["versions"]) == {"python", "torch", "transformers", "lowmem"}
+    assert summary["tokens"] == 6 * 16 * 2
+    # Two moments of fp32 and one step counter for each tensor.
+    tensors = 2 + 1 + 9
+    assert summary["optimizer_state_bytes"] == 8 * summary["parameters"] + 4 * tensors
+    assert summary["peak_memory_bytes"] > summary["start_memory_bytes"] > 0
+    for name in ("train_loss", "val_loss", "train_perplexity", "val_perplexity", "tokens_per_s"):
+        assert summary[name] > 0
+    assert set(summary["optimizer_step_s"]) == set(summary["step_s"]) == {"median", "p95", "max"}
+
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    assert sum(parameter.numel() for parameter in model.parameters()) == summary["parameters"]
+
+
+def test_compare_writes_table_and_picture_and_reuses_finished_runs(small, tmp_path):
+    entries = ["adamw lr=1e-2", "adamw lr=1e-3", "galore lr=1e-2 rank=4"]
+    first = lowmem("compare", *entries, *small, "--out=all", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "all"
+    listed = json.loads((folder / "compare.json").read_text())
+    assert [row["label"] for row in listed] == ["adamw lr=1e-2", "adamw lr=1e-3", "galore"]
+    assert listed[2]["optimizer_state_bytes"] < listed[0]["optimizer_state_bytes"]
+    assert len((folder / "compare.md").read_text().splitlines()) == 2 + len(entries)
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "vs first" in first.stdout
+
+    second = lowmem("compare", *entries, "galor lr=1", *small, "--out=all", cwd=tmp_path)
+    assert second.stdout.count("holds this run already") == 3
+    assert second.returncode == 1
+    assert second.stderr.count("\n") == 1
+    assert "unknown optimizer 'galor'" in second.stderr
+    assert [row["label"] for row in json.loads((folder / "compare.json").read_text())] == [
+        row["label"] for row in listed
+    ]
+
+
+def test_help_names_the_commands_and_needs_no_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    run = lowmem("--help", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert run.returncode == 0, run.stderr
+    assert {"pretrain", "compare", "optimizers"} <= set(run.stdout.split())
+
+
+@pytest.mark.parametrize("package", ["typer", "matplotlib"])
+def test_a_missing_extra_is_one_line(package, small, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
+    run = lowmem("pretrain", *small, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert run.returncode == 1
+    assert run.stderr == f'lowmem: the command needs {package}, which is not installed: pip install "lowmem[bench]"\n'
+    assert run.stdout == ""
+
+
+def test_bad_input_in_a_process_is_one_line(small, tmp_path):
+    run = lowmem("pretrain", *small, "--optimizer=adamv", cwd=tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.startswith("lowmem: unknown optimizer 'adamv'. Did you mean adamw")
+    assert run.stderr.count("\n") == 1
+    assert not list(Path(tmp_path).iterdir())
