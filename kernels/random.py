@@ -12,6 +12,7 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
+_BLOCK = 1 << 12
 
 
 def mix(*values: int) -> int:
@@ -22,9 +23,9 @@ def mix(*values: int) -> int:
     return state
 
 
-def bits(seed: int, rows: int, cols: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return 32 random bits for every cell, int64 in [0, 2^32), shape (rows, cols)."""
-    row = torch.arange(rows, device=device, dtype=torch.int64)[:, None]
+def bits(seed: int, rows: range, cols: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return 32 random bits for every cell of some rows, int64 in [0, 2^32), shape (len(rows), cols)."""
+    row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int64)[:, None]
     col = torch.arange(cols, device=device, dtype=torch.int64)[None, :]
     keyed = _finalise((row * _GOLDEN + seed) & _MASK)
     return _finalise((keyed ^ (col * 0x85EBCA6B & _MASK)) & _MASK)
@@ -32,9 +33,14 @@ def bits(seed: int, rows: int, cols: int, device: torch.device | str = "cpu") ->
 
 def normal(seed: int, rows: int, cols: int, device: torch.device | str = "cpu") -> Tensor:
     """Return standard normals in fp32, shape (rows, cols), by Box-Muller on two words a cell."""
-    radius = (bits(seed, rows, cols, device).double() + 0.5) / 2**32
-    angle = bits(seed ^ 0x5BD1E995, rows, cols, device).double() * (2 * math.pi / 2**32)
-    return ((-2 * radius.log()).sqrt() * angle.cos()).float()
+    out = torch.empty((rows, cols), device=device)
+    block = max(1, _BLOCK // max(cols, 1))  # the integers take ten times the room of their result
+    for first in range(0, rows, block):
+        part = range(first, min(first + block, rows))
+        radius = bits(seed, part, cols, device).double().add_(0.5).div_(2**32)
+        angle = bits(seed ^ 0x5BD1E995, part, cols, device).double().mul_(2 * math.pi / 2**32)
+        out[first : part.stop] = radius.log_().mul_(-2).sqrt_().mul_(angle.cos_())
+    return out
 
 
 def _finalise(x: Tensor) -> Tensor:

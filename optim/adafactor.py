@@ -241,6 +241,9 @@ class Adafactor(SubspaceOptimizer):
     def _hyper(self, group: dict[str, Any]) -> Options:
         return Options(**{field.name: scalar(group[field.name]) for field in fields(Options)})
 
+    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return (group["beta1"] is None, group["factor_dims"], group["min_dim_size_to_factor"])
+
     def _view(self, param: Tensor, hyper: Any) -> MatrixView | None:
         return None
 

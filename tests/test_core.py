@@ -183,7 +183,7 @@ def test_neighbouring_seeds_are_uncorrelated(seed: int) -> None:
 
 
 def test_bits_are_balanced() -> None:
-    words = random.bits(3, 300, 300)
+    words = random.bits(3, range(300), 300)
     assert words.min() >= 0
     assert words.max() < 2**32
     for bit in range(32):

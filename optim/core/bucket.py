@@ -94,9 +94,10 @@ class Bucket:
 
     @property
     def gemm_dtype(self) -> torch.dtype:
-        """The dtype of the operands of projections: the gradient's, unless the group names another."""
+        """The dtype of the operands of projections: the gradient's, but fp32 for fp16, whose range R may exceed."""
+        own = self.params[0].dtype
         if self.hyper.gemm_dtype == "auto":
-            return self.params[0].dtype
+            return torch.float32 if own == torch.float16 else own
         dtype: torch.dtype = getattr(torch, self.hyper.gemm_dtype)
         return dtype
 

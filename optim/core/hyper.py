@@ -80,6 +80,8 @@ class Hyper:
         official = values["compat"] == "official"
         values["carry"] = values["carry"] or ("keep" if official else "rotate")
         values["state_dtype"] = values["state_dtype"] or ("parameter" if official else "float32")
+        values["betas"] = tuple(values["betas"])
+        values["eps"] = tuple(values["eps"]) if isinstance(values["eps"], list) else values["eps"]
         return cls(**values)
 
     @property
@@ -127,8 +129,9 @@ def normalise(group: dict[str, Any], known: frozenset[str]) -> None:
             group[name] = str(group[name]).removeprefix("torch.")
     for key in group:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-        if near and key not in known:
-            raise ValueError(f"unknown option {key!r} in a parameter group: did you mean {near[0]!r}?")
+        swapped = [name for name in known if sorted(name) == sorted(key)]
+        if (near or swapped) and key not in known:
+            raise ValueError(f"unknown option {key!r} in a parameter group: did you mean {(near or swapped)[0]!r}?")
 
 
 def check_adam(group: Mapping[str, Any]) -> None:
@@ -138,6 +141,10 @@ def check_adam(group: Mapping[str, Any]) -> None:
         raise ValueError("Tensor lr must be 1-element")
     if not 0.0 <= float(lr) < float("inf"):
         raise ValueError(f"Invalid learning rate: {lr}")
+    if isinstance(lr, Tensor) and group.get("foreach"):
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+    if group.get("foreach") and group.get("fused"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     for value in eps if isinstance(eps, (tuple, list)) else (eps,):
         if value is not None and not 0.0 <= value < float("inf"):
             raise ValueError(f"Invalid epsilon value: {value}")

@@ -56,7 +56,8 @@ class SubspaceOptimizer(Optimizer):
         self._transient()
         for group in self.param_groups:
             for name, default in self.defaults.items():
-                group.setdefault(name, default)
+                if name != "differentiable":  # torch adds it to the defaults when it loads, not to groups
+                    group.setdefault(name, default)
         for held in self.state.values():
             if "step" in held and not isinstance(held["step"], Tensor):
                 held["step"] = torch.tensor(float(held["step"]), dtype=torch.float32)
@@ -107,16 +108,39 @@ class SubspaceOptimizer(Optimizer):
 
     def _planned(self) -> list[Plan]:
         """The buckets of all groups, rebuilt when parameters are other objects or a group changes its structure."""
-        key = tuple(
-            (*map(id, group["params"]), *(group.get(name) for name in STRUCTURAL)) for group in self.param_groups
-        )
+        key = tuple((*map(id, group["params"]), *self._structure(group)) for group in self.param_groups)
         if key != self._plans_key:
             self._plans = list(self._make_plans())
+            self._reconcile()
             self._plans_key = key
-            known = {param for plan in self._plans for param in plan.params}
-            for orphan in [p for p in self.state if isinstance(p, Tensor) and p not in known]:
-                del self.state[orphan]
         return self._plans
+
+    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What decides which state the parameters of a group have."""
+        return (*(group.get(name) for name in STRUCTURAL), group["betas"][0] > 0)
+
+    def _reconcile(self) -> None:
+        """Drop the state of parameters that left, and complete or refuse state that no longer fits its group."""
+        described = self._described()
+        for param in [p for p in self.state if isinstance(p, Tensor) and p not in described]:
+            del self.state[param]
+        for param, held in self.state.items():
+            for name, spec in described.get(param, {}).items() if held else ():
+                if name not in held:  # a momentum that was switched on
+                    held.update(state.zeros({name: spec}))
+                elif tuple(held[name].shape) != spec.shape:
+                    raise ValueError(
+                        f"{name} of a {tuple(param.shape)} parameter has shape {tuple(held[name].shape)}, its group "
+                        f"now needs {spec.shape}: rank, density and proj_type cannot change after the first step"
+                    )
+
+    def _described(self) -> dict[Tensor, dict[str, state.Spec]]:
+        """Describe the state of every parameter."""
+        return {
+            param: self._specs(param, plan.view, self._hyper(self.param_groups[plan.group]))
+            for plan in self._plans
+            for param in plan.params
+        }
 
     def _make_plans(self) -> Iterator[Plan]:
         sorted_out: dict[tuple[Any, ...], Plan] = {}
@@ -240,15 +264,9 @@ class SubspaceOptimizer(Optimizer):
         """
         raw: dict[Any, Any] = {}
 
-        def check(_: Optimizer, loaded: dict[str, Any]) -> None:
-            for ours, theirs in zip(self.param_groups, loaded["param_groups"], strict=False):
-                for name in STRUCTURAL:
-                    if name in theirs and theirs[name] != ours.get(name):
-                        raise ValueError(
-                            f"the checkpoint has {name}={theirs[name]!r}, this optimizer {name}={ours.get(name)!r}: "
-                            f"construct it with {name}={theirs[name]!r}"
-                        )
-            raw.update(loaded)
+        def check(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            raw.update(loaded, param_groups=self._merged_groups(loaded["param_groups"]))
+            return raw
 
         def restore(_: Optimizer) -> None:
             self._restore(raw)
@@ -268,14 +286,27 @@ class SubspaceOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def _merged_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Complete the groups of a checkpoint with options that it lacks, as one of torch's AdamW does."""
+        if len(saved) != len(self.param_groups):
+            return saved  # torch's error to raise
+        merged = []
+        for ours, theirs in zip(self.param_groups, saved, strict=True):
+            for name in STRUCTURAL:
+                if name in theirs and theirs[name] != ours.get(name):
+                    raise ValueError(
+                        f"the checkpoint has {name}={theirs[name]!r}, this optimizer {name}={ours.get(name)!r}: "
+                        f"construct it with {name}={theirs[name]!r}"
+                    )
+            options = {name: value for name, value in ours.items() if name not in ("params", "param_names")}
+            merged.append({**options, **theirs})
+        return merged
+
     def _restore(self, loaded: dict[str, Any]) -> None:
         order = [key for group in loaded["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
-        described = {}
-        for plan in self._planned():
-            hyper = self._hyper(self.param_groups[plan.group])
-            for param in plan.params:
-                described[param] = self._specs(param, plan.view, hyper)
+        self._plans = list(self._make_plans())
+        described = self._described()
         for position, (key, param) in enumerate(zip(order, params, strict=True)):
             saved = loaded["state"].get(key)
             if saved:

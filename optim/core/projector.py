@@ -51,8 +51,9 @@ def sketch(request: Request) -> Bases:
 
         Q_0 = [P_old, Omega]  or  qr(A^T Omega);   Q <- qr(A^T A Q) twice;   P = Q E
 
-    with 8 columns more than the rank and E the leading eigenvectors of `(A Q)^T A Q`. At r = b / 4 it captures 0.99
-    or more of the energy of an SVD's basis and costs a fraction of it.
+    with 8 columns more than the rank and E the leading eigenvectors of `(A Q)^T A Q`. It costs a fraction of an SVD and
+    captures 0.99 or more of its energy from a cold start on spectra down to i^-1/2, or warm on a drifting gradient
+    (0.985 from the basis of an unrelated one).
     """
     matrix, view = request.matrix, request.view
     scale = request.scale

@@ -65,8 +65,8 @@ def delegates(param: Tensor, hyper: Hyper) -> bool:
 
 def runs_fused(param: Tensor, hyper: Hyper) -> bool:
     """Tell whether that is torch's fused form: asked for, or neither form asked for and the device has it."""
-    if not delegates(param, hyper):
-        return False
+    if not delegates(param, hyper) or not param.is_contiguous():
+        return False  # torch's fused kernel on a CPU walks memory, whatever the strides
     if hyper.fused is None:
         return hyper.foreach is None and param.device.type in ("cpu", "cuda")
     return hyper.fused

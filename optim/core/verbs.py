@@ -33,7 +33,8 @@ def refresh(b: Bucket) -> None:
     for index, held in enumerate(b.states):
         if held["until_refresh"].item() > 0 or b.ready[index] is not None:
             continue
-        scale = torch.linalg.vector_norm(b.grads[index], float("inf")).to(b.dtype)  # max|A|
+        low, high = torch.aminmax(b.grads[index])  # an order of magnitude faster than the maximum norm
+        scale = torch.maximum(-low, high).to(b.dtype)  # max|A|
         if scale.isfinite() and scale >= torch.finfo(b.dtype).tiny:
             _renew(b, index, scale)
         else:
@@ -93,7 +94,7 @@ def project(b: Bucket) -> Tensor:
     low = b.layout.sum_cols(low)
     if b.hyper.maximize:
         low.neg_()
-    finite = low.sum(dim=(1, 2)).isfinite()
+    finite = torch.linalg.vector_norm(low, dim=(1, 2)).isfinite()  # nor may its square overflow
     if low.device.type != "cpu" or not finite.all():  # only on the host is the question free
         low.masked_fill_(~finite[:, None, None], 0.0)
     return low
@@ -186,7 +187,7 @@ def _delegate(b: Bucket, indices: list[int], *, fused: bool) -> None:
     hyper: Hyper = b.hyper
     torch_adamw(
         [b.params[i] for i in indices],
-        [b.grads[i] for i in indices],
+        [b.grads[i].contiguous() if fused else b.grads[i] for i in indices],
         [b.states[i]["exp_avg"] for i in indices],
         [b.states[i]["exp_avg_sq"] for i in indices],
         [],
