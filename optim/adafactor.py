@@ -206,8 +206,11 @@ class Adafactor(SubspaceOptimizer):
             update.mul_(alpha)
         if o.beta1 is not None:
             moment = codec.load(held["exp_avg"], work).lerp_(update, 1 - o.beta1)
-            codec.store(held["exp_avg"], moment)
-            update = moment.clone() if moment is held["exp_avg"] else moment
+            if moment is held["exp_avg"]:
+                update = moment.clone()
+            else:
+                codec.store(held["exp_avg"], moment)
+                update = moment
         if o.momentum_on == "update":
             update.mul_(alpha)
         weight = param.to(work)

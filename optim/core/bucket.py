@@ -16,8 +16,8 @@ from .view import MatrixView
 
 State = dict[str, Tensor]
 
-CPU_BUFFER = 1 << 18
-"""Elements of a bucket's R on a CPU, where it is read back while still in the second-level cache."""
+CPU_BUFFER = 1 << 19
+"""Elements of a bucket's R on a CPU, where it is read back while still in the cache."""
 GPU_BUFFER = 1 << 26
 """The same on a GPU, where fewer launches count for more."""
 

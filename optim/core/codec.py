@@ -30,7 +30,7 @@ def load(stored: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def store(stored: Tensor, value: Tensor, seed: int | None = None) -> None:
-    """Write a working tensor back; free where it is the stored tensor itself.
+    """Write a working tensor back to a state tensor of another dtype.
 
     Args:
         stored: The state tensor.
@@ -38,8 +38,6 @@ def store(stored: Tensor, value: Tensor, seed: int | None = None) -> None:
         seed: Round to bf16 stochastically with this seed. A second moment needs it: with beta2 = 0.999 it changes by
             less than bf16 resolves in a step, so that rounding to nearest would freeze it.
     """
-    if value is stored:
-        return
     if seed is not None and stored.dtype == torch.bfloat16 and value.dtype == torch.float32:
         value = round_stochastically(value, seed)
     stored.copy_(value)

@@ -13,6 +13,9 @@ from torch import Tensor
 
 Sum = Callable[[Tensor], Tensor]
 
+ENOUGH = 0.999
+"""Share of the energy of a matrix at which the search for its dominant subspace ends."""
+
 
 def _identity(tensor: Tensor) -> Tensor:
     return tensor
@@ -35,33 +38,53 @@ def range_finder(
     iterations: int,
     scale: Tensor,
     sum_rows: Sum = _identity,
-) -> Tensor:
-    """Randomized subspace iteration: `Q <- qr(A^T A Q)`, `iterations` times.
+) -> tuple[Tensor, Tensor]:
+    """Randomized subspace iteration: `Q <- qr(A^T A Q)`, at most `iterations` times.
 
-    The tall product A Q is not orthonormalised in between: squaring the spectrum within one iteration costs digits
-    only in directions that carry no energy, and saves the larger of the two QRs.
+    It ends early once Q holds `ENOUGH` of the whole energy, `|A Q|^2 >= ENOUGH |A|^2`, which no basis can exceed by
+    more. The tall product A Q is not orthonormalised in between: squaring the spectrum within one iteration costs
+    digits only in directions that carry no energy, and saves the larger of the two QRs.
 
     Args:
         matrix: A (a x b).
         start: Well-conditioned start columns (b x l).
-        iterations: Number of power iterations.
+        iterations: Largest number of power iterations.
         scale: max|A|, divided out so that squares neither overflow nor vanish.
         sum_rows: Sum over shards of the rows of A.
 
     Returns:
-        Orthonormal columns (b x l).
+        Orthonormal columns Q (b x l), and `A Q / scale` (a x l).
     """
+    whole = sum_rows(_energy(matrix, scale))
     columns = start
-    for _ in range(iterations):
-        image = product(matrix, columns / scale)  # (a, l)
-        columns = orthonormal(sum_rows(product(matrix.T, image / scale)))
-    return columns
-
-
-def ritz(matrix: Tensor, columns: Tensor, rank: int, scale: Tensor, sum_rows: Sum = _identity) -> Tensor:
-    """Rotate columns (b x l) to the r best directions of A within their span, largest first (Rayleigh-Ritz)."""
     image = product(matrix, columns / scale)  # (a, l)
-    return columns @ eigenvectors(sum_rows(image.T @ image))[:, :rank]
+    for done in range(iterations):
+        if done and 0 < ENOUGH * whole <= sum_rows(_energy(image, torch.ones_like(scale))):
+            break
+        columns = orthonormal(sum_rows(product(matrix.T, image / scale)))
+        image = product(matrix, columns / scale)
+    return columns, image
+
+
+def _energy(matrix: Tensor, scale: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(matrix, dtype=scale.dtype)
+    return (norm / scale).square()
+
+
+def ritz(columns: Tensor, image: Tensor, rank: int, sum_rows: Sum = _identity) -> tuple[Tensor, Tensor]:
+    """Rotate columns Q (b x l) to the r best directions of A within their span, largest first (Rayleigh-Ritz).
+
+    Args:
+        columns: Orthonormal Q (b x l).
+        image: A Q (a x l).
+        rank: r.
+        sum_rows: Sum over shards of the rows of A.
+
+    Returns:
+        The basis P (b x r), and `A P` (a x r).
+    """
+    rotation = eigenvectors(sum_rows(image.T @ image))[:, :rank]  # (l, r)
+    return columns @ rotation, image @ rotation
 
 
 def eigenvectors(gram: Tensor) -> Tensor:

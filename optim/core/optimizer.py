@@ -210,15 +210,15 @@ class SubspaceOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        hypers = [self._hyper(group) for group in self.param_groups]
         for plan in self._planned():
-            bucket = self._bucket(plan)
+            bucket = self._bucket(plan, hypers[plan.group])
             if bucket.params:
                 (self.plain if plan.view is None else self.update)(bucket)
         return loss
 
-    def _bucket(self, plan: Plan) -> Bucket:
+    def _bucket(self, plan: Plan, hyper: Any) -> Bucket:
         """Gather what takes part in this step, creating the state of parameters that are new."""
-        hyper = self._hyper(self.param_groups[plan.group])
         bucket = Bucket(plan, hyper, [], [], [], [], [], [])
         offsets = plan.offsets or [0] * len(plan.params)
         for param, position, offset in zip(plan.params, plan.positions, offsets, strict=True):

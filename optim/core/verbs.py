@@ -11,6 +11,8 @@ None of them synchronises with the device outside a refresh, nor allocates more 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
@@ -32,7 +34,7 @@ def refresh(b: Bucket) -> None:
     """
     for index, held in enumerate(b.states):
         if held["until_refresh"].item() > 0 or b.ready[index] is not None:
-            continue
+            continue  # not due, or no full gradient to learn from
         low, high = torch.aminmax(b.grads[index])  # an order of magnitude faster than the maximum norm
         scale = torch.maximum(-low, high).to(b.dtype)  # max|A|
         if scale.isfinite() and scale >= torch.finfo(b.dtype).tiny:
@@ -60,6 +62,7 @@ def _renew(b: Bucket, index: int, scale: Tensor) -> None:
     held["basis"].copy_(bases.basis)
     if bases.left is not None:
         held["basis_left"].copy_(bases.left)
+    b.ready[index] = bases.image
     held["refreshes"] += 1
     early = b.offsets[index] if done == 0 and hyper.stagger else 0
     held["until_refresh"].fill_(hyper.update_proj_gap - early)
@@ -86,6 +89,7 @@ def project(b: Bucket) -> Tensor:
         ready = b.ready[index]
         if ready is not None:
             low[index].copy_(ready)
+            b.ready[index] = None
         elif gemm == b.dtype and not view.full:
             torch.mm(b.matrix(index).to(gemm), held["basis"].to(gemm), out=low[index])
         else:
@@ -94,10 +98,19 @@ def project(b: Bucket) -> Tensor:
     low = b.layout.sum_cols(low)
     if b.hyper.maximize:
         low.neg_()
-    finite = torch.linalg.vector_norm(low, dim=(1, 2)).isfinite()  # nor may its square overflow
-    if low.device.type != "cpu" or not finite.all():  # only on the host is the question free
-        low.masked_fill_(~finite[:, None, None], 0.0)
+    _silence_non_finite_(low)
     return low
+
+
+def _silence_non_finite_(low: Tensor) -> None:
+    """Zero every matrix (k, a, r) that has a non-finite entry, or whose square overflows."""
+    norms = torch.linalg.vector_norm(low, dim=(1, 2))
+    if low.device.type == "cpu":
+        for index, norm in enumerate(norms.tolist()):
+            if not math.isfinite(norm):
+                low[index].zero_()
+    else:  # asking would synchronise
+        low.masked_fill_(~norms.isfinite()[:, None, None], 0.0)
 
 
 def inner(b: Bucket, low: Tensor) -> Tensor:
@@ -117,8 +130,9 @@ def _run_rule(b: Bucket, grads: list[Tensor], out: list[Tensor]) -> None:
     b.rule.direction(Work(grads, loaded, counts, b.params, out), b.hyper)
     for held, values, position, t in zip(b.states, loaded, b.positions, counts, strict=True):
         for name, value in values.items():
-            drifts = name in b.rule.drifting and not b.hyper.official
-            codec.store(held[name], value, random.mix(b.hyper.seed, position, t) if drifts else None)
+            if value is not held[name]:
+                drifts = name in b.rule.drifting and not b.hyper.official
+                codec.store(held[name], value, random.mix(b.hyper.seed, position, t) if drifts else None)
 
 
 def project_back_(b: Bucket, step: Tensor) -> None:
