@@ -101,7 +101,7 @@ def step_time(
     model: Annotated[str, typer.Option(help="A model name or a config JSON.")] = "60m",
     rank: Annotated[int, typer.Option(min=1, help="Rank of the projections.")] = 128,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16: the type of weights and gradients.")] = "fp32",
-    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each contender; they take turns.")] = 10,
+    rounds: Annotated[int, typer.Option(min=3, help="Timed steps of each contender; they take turns.")] = 12,
     gap: Annotated[int, typer.Option(min=1, help="Interval of the run with staggered refreshes.")] = 200,
     peers: Annotated[bool, typer.Option("--peers", help='Time galore-torch too (extra "peers").')] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.", show_default="not written")] = None,

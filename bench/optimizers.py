@@ -78,6 +78,8 @@ def state_bytes(optimizer: Optimizer) -> int:
         elif isinstance(value, list | tuple):
             for item in value:
                 visit(item)
+        elif hasattr(value, "__dict__"):  # galore-torch keeps its bases in an object
+            visit(vars(value))
 
     visit(optimizer.state)
     return sum(sizes.values())

@@ -25,6 +25,7 @@ from .models import build_model
 from .optimizers import state_bytes
 
 GAPS = (200, 50)
+TABLE_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Settings:
     model: str = "60m"
     rank: int = 128
     dtype: str = "fp32"
-    rounds: int = 10
+    rounds: int = 12
     gap: int = 200
     peers: bool = False
     batch_size: int = 4
@@ -71,6 +72,7 @@ class Timing:
 def step_time(settings: Settings, out: Path | None = None) -> dict[str, Any]:
     """Measure, print the tables and return (and write, if `out` is given) the figures."""
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console.print(f"{settings.model}, rank {settings.rank}, {settings.dtype}, {device_name(device)}")
     console.print("real gradients: three AdamW steps on the standard library's source, then one backward pass")
@@ -138,24 +140,28 @@ def _take_turns(contenders: Sequence[peers.Contender], rounds: int, device: torc
     """Time all contenders round by round; the first step of each, which makes its state, is not counted."""
     for contender in contenders:
         contender.stepper.step()
-    plain: dict[str, list[float]] = {contender.name: [] for contender in contenders}
-    for _ in range(rounds):
+    plain = {contender.name: list[float]() for contender in contenders}
+    refreshes = {contender.name: list[float]() for contender in contenders}
+    for turn in range(rounds):
         for contender in contenders:
             plain[contender.name].append(_timed(contender, device))
-    timings = []
-    for contender in contenders:
-        refreshes = []
-        if contender.refresh is not None:
-            for _ in range(3):
+        for contender in contenders if turn % 3 == 2 else ():
+            if contender.refresh is not None:
                 contender.refresh()
-                refreshes.append(_timed(contender, device))
-        steps = plain[contender.name]
-        refresh = float(np.median(refreshes)) if refreshes else None
-        optimizer = contender.stepper if isinstance(contender.stepper, torch.optim.Optimizer) else None
-        size = 0.0 if optimizer is None else state_bytes(optimizer) / 1e6
-        spread = (min(steps), max(steps))
-        timings.append(Timing(contender.name, float(np.median(steps)), spread, refresh, max(steps + refreshes), size))
-    return timings
+                refreshes[contender.name].append(_timed(contender, device))
+    return [_timing(contender, plain[contender.name], refreshes[contender.name]) for contender in contenders]
+
+
+def _timing(contender: peers.Contender, steps: list[float], refreshes: list[float]) -> Timing:
+    optimizer = contender.stepper if isinstance(contender.stepper, torch.optim.Optimizer) else None
+    return Timing(
+        name=contender.name,
+        plain=float(np.median(steps)),
+        plain_spread=(min(steps), max(steps)),
+        refresh=float(np.median(refreshes)) if refreshes else None,
+        worst=max(steps + refreshes),
+        state_mb=0.0 if optimizer is None else state_bytes(optimizer) / 1e6,
+    )
 
 
 def _timed(contender: peers.Contender, device: torch.device) -> float:
@@ -205,7 +211,7 @@ def _energy(matrix: Tensor, basis: Tensor) -> float:
 def _table(title: str, timings: Sequence[Timing], floor: float) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("milliseconds")
-    for column in ("step", "min - max", "vs first row", "refresh step", *(f"gap {g}" for g in GAPS), "worst", "state"):
+    for column in ("step", "min - max", "vs first", "refresh step", *(f"gap {g}" for g in GAPS), "worst", "state"):
         table.add_column(column, justify="right")
     for t in timings:
         table.add_row(
