@@ -201,12 +201,12 @@ def test_fira_limiter_recovers_from_a_non_finite_norm(bad) -> None:
 
 @pytest.mark.parametrize("official", [False, True])
 def test_fira_transposes_and_ignores_the_gradient_scale(official) -> None:
-    kwargs = {**FIRA, "official": official}
+    kwargs = {**FIRA, "official": official, "carry": "rotate"}
     w, _ = run(fira_step, (12, 7), 9, **kwargs)
     wt, state = randn(12, 7).T.clone(), {}
     for t in range(9):
         fira_step(wt, randn(12, 7, seed=1 + t).T, state, **kwargs)
-    assert gap_between(w, wt.T) <= 1e-12
+    assert gap_between(w, wt.T) <= (1e-6 if official else 1e-12)  # the official SVD is fp32
     assert gap_between(w, run(fira_step, (12, 7), 9, scale_grad=100.0, **kwargs)[0]) <= 1e-6
 
 
@@ -330,6 +330,7 @@ def test_frugal_absorbs_equivalent_bases(proj_type, rule, transfer) -> None:
         return fixed(A, rank) @ torch.linalg.matrix_power(turn, next(count) // (2 if proj_type == "full" else 1))
 
     kwargs = {"lr": 1e-2, "density": 3 / 7, "gap": 2, "select": "dense", "rule": rule, "proj_type": proj_type}
+    kwargs["betas"] = (0.9, 0.7)  # lets Lion's momentum outweigh the gradient
     a, _ = run(frugal_step, (12, 7), 9, state_transfer=transfer, align=True, basis_fn=fixed, **kwargs)
     b, _ = run(frugal_step, (12, 7), 9, state_transfer=transfer, align=True, basis_fn=turned, **kwargs)
     c, _ = run(frugal_step, (12, 7), 9, state_transfer="keep", basis_fn=turned, **kwargs)
@@ -438,7 +439,7 @@ def test_osd_finds_a_fixed_subspace(proj_rule) -> None:
     """Gradients of one rank-3 row space: the captured share of ||G||^2 goes to 1 and P^T P to I."""
     rows, w, state = torch.linalg.qr(randn(8, 3, seed=5)).Q.T, randn(12, 8), {}
     for t in range(600):
-        ratio = {"sgd": 20.0}.get(proj_rule, 2.0 * (1 - t / 600))
+        ratio = {"sgd": 5.0}.get(proj_rule, 2.0 * (1 - t / 600))
         kwargs = {"lr": 1e-2, "rank": 3, "proj_rule": proj_rule, "proj_ratio": ratio, "ortho": 1.0}
         osd_step(w, randn(12, 3, seed=t) @ rows, state, basis_fn=lambda A, r: 1.2 * random_basis(9)(A, r), **kwargs)
     P = state["P"]

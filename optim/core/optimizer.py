@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import state, verbs
+from . import state
 from .bucket import Bucket, Plan
 from .hyper import Hyper, check_subspace, normalise
 from .layout import Layout
+from .plain import plain_
 from .summary import Summary, summarise
 from .view import MatrixView, matrix_shape
 
@@ -191,7 +192,7 @@ class SubspaceOptimizer(Optimizer):
 
     def plain(self, b: Bucket) -> None:
         """Step a bucket of parameters that are not projected."""
-        verbs.plain_(b)
+        plain_(b)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -51,6 +51,8 @@ class Rule(ABC):
     """Second moments, whose small relative changes low-precision storage must not lose."""
     absolute: bool = False
     """The direction includes the learning rate."""
+    elementwise: bool = True
+    """Every entry of the direction depends on its own entry of the gradient only."""
 
     @abstractmethod
     def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
@@ -119,6 +121,7 @@ class Adafactor(Rule):
 
     drifting = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
     absolute = True
+    elementwise = False
 
     def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
         """Row and column means of R^2, the full second moment for vectors, and the momentum if b1 > 0."""

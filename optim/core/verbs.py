@@ -4,7 +4,6 @@
     project         R = A P
     inner           N = rule(R)
     project_back_   W <- (1 - lr wd) W - lr scale N P^T
-    plain_          the same rule on parameters that are not projected
 
 None of them synchronises with the device outside a refresh, nor allocates more than the bucket's R and N.
 """
@@ -15,15 +14,14 @@ import math
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw as torch_adamw
 
 from ...kernels import random
-from . import codec, linalg, state
+from . import linalg
+from .apply import count_step, rates, run_rule
 from .bucket import Bucket
 from .carry import carry_moments
-from .hyper import Hyper
 from .projector import PROJECTORS, Request, official_svd
-from .rules import Work, learning_rate, single_eps
+from .rules import Work
 
 
 def refresh(b: Bucket) -> None:
@@ -117,29 +115,17 @@ def inner(b: Bucket, low: Tensor) -> Tensor:
     """Run the inner rule on R (k, a, r) and return the directions N (k, a, r)."""
     step = torch.empty_like(low)
     torch._foreach_sub_([held["until_refresh"] for held in b.states], 1)
-    _run_rule(b, list(low.unbind()), list(step.unbind()))
+    counts = count_step(b)
+    work = Work(low.unbind(), b.states, counts, b.params, step.unbind())
+    run_rule(b, work, [random.mix(b.hyper.seed, position, t) for position, t in zip(b.positions, counts, strict=True)])
     return step
-
-
-def _run_rule(b: Bucket, grads: list[Tensor], out: list[Tensor]) -> None:
-    """Count the step, load the moments, let the rule work and store them."""
-    torch._foreach_add_([held["step"] for held in b.states], 1)
-    counts = [int(held["step"]) for held in b.states]
-    names = list(b.rule.buffers(tuple(grads[0].shape), b.hyper))
-    loaded = [{name: codec.load(held[name], b.dtype) for name in names} for held in b.states]
-    b.rule.direction(Work(grads, loaded, counts, b.params, out), b.hyper)
-    for held, values, position, t in zip(b.states, loaded, b.positions, counts, strict=True):
-        for name, value in values.items():
-            if value is not held[name]:
-                drifts = name in b.rule.drifting and not b.hyper.official
-                codec.store(held[name], value, random.mix(b.hyper.seed, position, t) if drifts else None)
 
 
 def project_back_(b: Bucket, step: Tensor) -> None:
     """Move the weights, `W <- (1 - lr wd) W - lr scale N P^T`: one GEMM a matrix that reads and writes W once."""
     view, gemm = b.view, b.gemm_dtype
     for index, (param, held) in enumerate(zip(b.params, b.states, strict=True)):
-        lr, decay = _rates(b, index)
+        lr, decay = rates(b, index)
         direction = step[index]
         if isinstance(lr, Tensor):
             direction, lr = direction * lr, 1.0
@@ -162,67 +148,3 @@ def _addmm_(weight: Tensor, factors: tuple[Tensor, Tensor], decay: float | Tenso
         weight.addmm_(*factors, beta=decay, alpha=alpha)
     else:
         weight.mul_(decay).add_(factors[0] @ factors[1], alpha=alpha)
-
-
-def _rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
-    """The factor of the direction and the factor of the weight, `(lr, 1 - lr wd)`.
-
-    The authors' AdamW decays the weight it has just moved, which multiplies the direction by the decay as well. A
-    host tensor is read, a device tensor stays one.
-    """
-    hyper = b.hyper
-    lr = hyper.lr
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":
-        lr = float(lr)
-    if b.rule.absolute:
-        t = int(b.states[index]["step"])
-        scaled = learning_rate(hyper, t, b.params[index], b.dtype) if hyper.weight_decay else 0.0
-        return 1.0, 1 - scaled * hyper.weight_decay
-    decay = 1 - lr * hyper.weight_decay
-    return (lr * decay if hyper.official else lr), decay
-
-
-def plain_(b: Bucket) -> None:
-    """Step parameters that are not projected: torch's own AdamW where the rule is AdamW in full precision."""
-    mine = []
-    theirs: dict[bool, list[int]] = {}
-    for index, param in enumerate(b.params):
-        if state.delegates(param, b.hyper):
-            theirs.setdefault(state.runs_fused(param, b.hyper), []).append(index)
-        else:
-            mine.append(index)
-    for fused, indices in theirs.items():
-        _delegate(b, indices, fused=fused)
-    for index in mine:
-        _plain_one(b, index)
-
-
-def _delegate(b: Bucket, indices: list[int], *, fused: bool) -> None:
-    hyper: Hyper = b.hyper
-    torch_adamw(
-        [b.params[i] for i in indices],
-        [b.grads[i].contiguous() if fused else b.grads[i] for i in indices],
-        [b.states[i]["exp_avg"] for i in indices],
-        [b.states[i]["exp_avg_sq"] for i in indices],
-        [],
-        [b.states[i]["step"] for i in indices],
-        fused=fused,
-        foreach=hyper.foreach,
-        amsgrad=False,
-        beta1=hyper.betas[0],
-        beta2=hyper.betas[1],
-        lr=hyper.lr,
-        weight_decay=hyper.weight_decay,
-        eps=single_eps(hyper.eps),
-        maximize=hyper.maximize,
-    )
-
-
-def _plain_one(b: Bucket, index: int) -> None:
-    one = b.only(index)
-    param = b.params[index]
-    grad = b.grads[index].to(b.dtype)
-    step = torch.empty_like(grad)
-    _run_rule(one, [-grad if b.hyper.maximize else grad], [step])
-    lr, decay = _rates(b, index)
-    param.copy_((param.to(b.dtype) * decay).sub_(step.mul_(lr)))

@@ -35,7 +35,7 @@ def limiter(S: Tensor, state: State, gamma: float | None, official: bool) -> Ten
     if unset or gamma is None:
         state["s"] = norm
         return S
-    L = (norm / (s + 1e-8)).clamp(min=gamma) / gamma
+    L = max(norm / (s + 1e-8), gamma) / gamma  # gamma stays unrounded in bf16
     state["s"] = norm / L
     return (S / L).to(S.dtype)
 

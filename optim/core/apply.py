@@ -1,0 +1,52 @@
+"""How an inner rule is run on state as it is stored, and the rates of a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import codec
+from .bucket import Bucket
+from .rules import Work, learning_rate
+
+
+def count_step(b: Bucket) -> list[int]:
+    """Advance the step count of every parameter and return the new counts."""
+    torch._foreach_add_([held["step"] for held in b.states], 1)
+    return [int(held["step"]) for held in b.states]
+
+
+def run_rule(b: Bucket, stored: Work, seeds: list[int]) -> None:
+    """Run the rule on states in their storage dtype: load them, let the rule work, store them.
+
+    Args:
+        b: The bucket, for its rule and hyper-parameters.
+        stored: The work, with states as they are stored.
+        seeds: A seed for each tensor, for the stochastic rounding of second moments.
+    """
+    names = b.rule.buffers(tuple(stored.grads[0].shape), b.hyper)
+    loaded = [{name: codec.load(held[name], b.dtype) for name in names} for held in stored.states]
+    b.rule.direction(Work(stored.grads, loaded, stored.counts, stored.weights, stored.out), b.hyper)
+    for held, values, seed in zip(stored.states, loaded, seeds, strict=True):
+        for name, value in values.items():
+            if value is not held[name]:
+                drifts = name in b.rule.drifting and not b.hyper.official
+                codec.store(held[name], value, seed if drifts else None)
+
+
+def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
+    """The factor of the direction and the factor of the weight, `(lr, 1 - lr wd)`.
+
+    The authors' AdamW decays the weight it has just moved, which multiplies the direction by the decay as well. A
+    host tensor is read, a device tensor stays one.
+    """
+    hyper = b.hyper
+    lr = hyper.lr
+    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+        lr = float(lr)
+    if b.rule.absolute:
+        t = int(b.states[index]["step"])
+        scaled = learning_rate(hyper, t, b.params[index], b.dtype) if hyper.weight_decay else 0.0
+        return 1.0, 1 - scaled * hyper.weight_decay
+    decay = 1 - lr * hyper.weight_decay
+    return (lr * decay if hyper.official else lr), decay
