@@ -91,8 +91,10 @@ def project(b: Bucket) -> Tensor:
         elif gemm == b.dtype and not view.full:
             torch.mm(b.matrix(index).to(gemm), held["basis"].to(gemm), out=low[index])
         else:
-            image = b.matrix(index).to(gemm) @ held["basis"].to(gemm)
-            low[index].copy_(held["basis_left"].to(gemm).T @ image if view.full else image)
+            matrix = b.matrix(index).to(gemm)
+            if view.full:
+                matrix = held["basis_left"].to(gemm).T @ matrix  # (r, b)
+            low[index].copy_(matrix @ held["basis"].to(gemm))
     low = b.layout.sum_cols(low)
     if b.hyper.maximize:
         low.neg_()
