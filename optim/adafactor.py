@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from .core import codec, factored, state
 from .core.bucket import Bucket, State
 from .core.hyper import check_adam, check_choices, scalar
-from .core.optimizer import SubspaceOptimizer
+from .core.lifecycle import Lifecycle
 from .core.view import MatrixView
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -59,7 +59,7 @@ class Options:
         return None if small else tuple(order)
 
 
-class Adafactor(SubspaceOptimizer):
+class Adafactor(Lifecycle):
     """Adafactor: the second moment of a matrix is kept as the sums of its rows and columns.
 
     For a matrix X (m x n) with gradient G, in step t:
@@ -247,7 +247,7 @@ class Adafactor(SubspaceOptimizer):
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return (group["beta1"] is None, group["factor_dims"], group["min_dim_size_to_factor"])
 
-    def _view(self, param: Tensor, hyper: Any) -> MatrixView | None:
+    def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
         return None
 
     def _specs(self, param: Tensor, view: MatrixView | None, hyper: Any) -> dict[str, state.Spec]:

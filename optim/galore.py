@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.optim.optimizer import ParamsT
-
 from .core.bucket import Bucket
 from .core.optimizer import SubspaceOptimizer
 from .core.verbs import inner, project, project_back_, refresh
@@ -59,39 +55,6 @@ class GaLore(SubspaceOptimizer):
     Differences from the authors' code: state is tensors only, weights of any dimension are accepted, `reverse_std`
     works at any rank, a zero or non-finite gradient keeps the old basis instead of failing, and see `compat`.
     """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float | tuple[float, float] = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        rank: int | None = 128,
-        update_proj_gap: int = 200,
-        scale: float = 0.25,
-        proj_type: str = "std",
-        projector: str = "sketch",
-        carry: str | None = None,
-        rule: str = "adamw",
-        state_dtype: str | torch.dtype | None = None,
-        gemm_dtype: str | torch.dtype = "auto",
-        rounding: str = "nearest",
-        stagger: bool = False,
-        seed: int = 0,
-        maximize: bool = False,
-        backend: str = "auto",
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        compat: str | None = None,
-    ) -> None:
-        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule}
-        subspace = {"rank": rank, "scale": scale, "proj_type": proj_type, "carry": carry}
-        schedule = {"projector": projector, "update_proj_gap": update_proj_gap, "stagger": stagger, "seed": seed}
-        numerics = {"state_dtype": state_dtype, "gemm_dtype": gemm_dtype, "rounding": rounding, "backend": backend}
-        torch_form = {"maximize": maximize, "foreach": foreach, "fused": fused}
-        super().__init__(params, adam | subspace | schedule | numerics | torch_form | {"compat": compat})
 
     def update(self, b: Bucket) -> None:
         """One step of GaLore on a bucket of same-shape matrices."""

@@ -1,328 +1,46 @@
-"""The lifecycle shared by all optimizers: groups, buckets, state, step, load."""
+"""The constructor and the defaults that all subspace methods share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import chain
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import state
-from .bucket import Bucket, Plan
-from .hyper import Hyper, check_subspace, normalise
-from .layout import Layout
-from .plain import plain_
-from .summary import Summary, summarise
-from .view import MatrixView, matrix_shape
-
-STRUCTURAL = ("rank", "density", "proj_type", "rule", "state_dtype")
-"""Options that decide which state a parameter has: they cannot differ between a checkpoint and its reader."""
+from .lifecycle import Lifecycle
 
 
-class SubspaceOptimizer(Optimizer):
-    """Base of every optimizer: sorts parameters into buckets and hands each to `update` or `plain`.
+class SubspaceOptimizer(Lifecycle):
+    """Base of the methods that project gradients; `GaLore` documents the arguments."""
 
-    A named optimizer passes its options as `defaults` and writes its algorithm in `update(bucket)`.
-
-    Args:
-        params: Parameters, parameter groups or (name, parameter) pairs, as in torch.optim.
-        defaults: Every option of the optimizer with its value. `rank` applies to all groups, unless a group names a
-            `rank` or `density` of its own: then groups that do not are plain.
-
-    Raises:
-        ValueError: An option is out of range, unknown but close to a known one, or contradicts another.
-    """
-
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        # A bare tensor is torch's error to raise, not a list of its rows.
-        groups: Any = params if isinstance(params, Tensor) else list(params)
-        named = any(isinstance(group, dict) and ("rank" in group or "density" in group) for group in groups)
-        self._transient()
-        normalise(defaults, frozenset(defaults))
-        self._validate(defaults)
-        super().__init__(groups, {**defaults, "rank": None} if named else defaults)
-
-    def _transient(self) -> None:
-        """Set up what is derived and never saved."""
-        self._plans: list[Plan] = []
-        self._plans_key: tuple[Any, ...] | None = None
-        self._low_grads: dict[Tensor, Tensor] = {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._transient()
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                if name != "differentiable":  # torch adds it to the defaults when it loads, not to groups
-                    group.setdefault(name, default)
-        for held in self.state.values():
-            if "step" in held and not isinstance(held["step"], Tensor):
-                held["step"] = torch.tensor(float(held["step"]), dtype=torch.float32)
-
-    # ------------------------------------------------------------------ groups
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        """Check the options of a complete group; optimizers with other options override this."""
-        check_subspace(group)
-
-    def _hyper(self, group: dict[str, Any]) -> Any:
-        """Freeze the options of a group for one step."""
-        return Hyper.of(group)
-
-    def _add_options(self, **options: Any) -> None:
-        """Give every group, present and future, options beyond those of the constructor."""
-        self.defaults.update(options)
-        for group in self.param_groups:
-            for name, value in options.items():
-                group.setdefault(name, value)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options are spelled canonically and validated first.
-
-        Raises:
-            ValueError: As the constructor.
-            TypeError: A parameter is complex.
-        """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        normalise(param_group, frozenset(self.defaults))
-        inherited = dict(self.defaults)
-        if "density" in param_group:
-            inherited["rank"] = None
-        self._validate({**inherited, **param_group})
-        if "density" in param_group:
-            param_group.setdefault("rank", None)
-        super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if param.is_complex():
-                self.param_groups.pop()
-                raise TypeError(
-                    f"{type(self).__name__} does not support complex parameters, got {param.dtype}: optimize "
-                    "torch.view_as_real(parameter) instead"
-                )
-
-    # ----------------------------------------------------------------- buckets
-
-    def _planned(self) -> list[Plan]:
-        """The buckets of all groups, rebuilt when parameters are other objects or a group changes its structure."""
-        key = tuple((*map(id, group["params"]), *self._structure(group)) for group in self.param_groups)
-        if key != self._plans_key:
-            self._plans = list(self._make_plans())
-            self._reconcile()
-            self._plans_key = key
-        return self._plans
-
-    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What decides which state the parameters of a group have."""
-        return (*(group.get(name) for name in STRUCTURAL), group["betas"][0] > 0)
-
-    def _reconcile(self) -> None:
-        """Drop the state of parameters that left, and complete or refuse state that no longer fits its group."""
-        described = self._described()
-        for param in [p for p in self.state if isinstance(p, Tensor) and p not in described]:
-            del self.state[param]
-        for param, held in self.state.items():
-            for name, spec in described.get(param, {}).items() if held else ():
-                if name not in held:  # a momentum that was switched on
-                    held.update(state.zeros({name: spec}))
-                elif tuple(held[name].shape) != spec.shape:
-                    raise ValueError(
-                        f"{name} of a {tuple(param.shape)} parameter has shape {tuple(held[name].shape)}, its group "
-                        f"now needs {spec.shape}: rank, density and proj_type cannot change after the first step"
-                    )
-
-    def _described(self) -> dict[Tensor, dict[str, state.Spec]]:
-        """Describe the state of every parameter."""
-        return {
-            param: self._specs(param, plan.view, self._hyper(self.param_groups[plan.group]))
-            for plan in self._plans
-            for param in plan.params
-        }
-
-    def _make_plans(self) -> Iterator[Plan]:
-        sorted_out: dict[tuple[Any, ...], Plan] = {}
-        position = 0
-        for index, group in enumerate(self.param_groups):
-            hyper = self._hyper(group)
-            for param in group["params"]:
-                view = self._view(param, hyper)
-                key = (index, view, param.dtype, param.device, Layout.of(param))
-                plan = sorted_out.setdefault(key, Plan(index, view, key[-1], [], [], []))
-                plan.params.append(param)
-                plan.positions.append(position)
-                position += 1
-        self._stagger([plan for plan in sorted_out.values() if plan.view is not None])
-        return chain.from_iterable(plan.split() for plan in sorted_out.values())
-
-    def _stagger(self, plans: list[Plan]) -> None:
-        """Spread the refreshes of all projected matrices evenly over their interval, in parameter order."""
-        positions = sorted(position for plan in plans for position in plan.positions)
-        place = {position: ordinal for ordinal, position in enumerate(positions)}
-        for plan in plans:
-            gap = self.param_groups[plan.group]["update_proj_gap"]
-            plan.offsets.extend(place[position] * gap // len(positions) for position in plan.positions)
-
-    def _view(self, param: Tensor, hyper: Any) -> MatrixView | None:
-        """Orient an eligible parameter; None leaves it plain.
-
-        Eligible are weights of two dimensions or more (viewed as first x rest) whose smaller side exceeds the rank.
-        The authors' code projects at `rank >= min(m, n)` too, in a square basis, and so does `compat="official"`.
-        """
-        if param.ndim < 2 or 0 in param.shape:
-            return None
-        shape = matrix_shape(param.shape)
-        rank = hyper.rank_for(shape)
-        if rank is None or (rank >= min(shape) and not hyper.official):
-            return None
-        return MatrixView.of(param.shape, rank, hyper.proj_type)
-
-    def _specs(self, param: Tensor, view: MatrixView | None, hyper: Any) -> dict[str, state.Spec]:
-        """Describe the state of a parameter."""
-        return state.specs(param, view, hyper)
-
-    # -------------------------------------------------------------------- step
-
-    def update(self, b: Bucket) -> None:
-        """Step a bucket of projected matrices: the algorithm of the named optimizer."""
-        raise NotImplementedError(f"{type(self).__name__} projects no matrices")
-
-    def plain(self, b: Bucket) -> None:
-        """Step a bucket of parameters that are not projected."""
-        plain_(b)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one optimization step.
-
-        Args:
-            closure: Re-evaluates the model and returns the loss; runs with gradients enabled.
-
-        Returns:
-            The loss of the closure, or None.
-
-        Raises:
-            RuntimeError: A gradient is sparse.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        hypers = [self._hyper(group) for group in self.param_groups]
-        for plan in self._planned():
-            bucket = self._bucket(plan, hypers[plan.group])
-            if bucket.params:
-                (self.plain if plan.view is None else self.update)(bucket)
-        return loss
-
-    def _bucket(self, plan: Plan, hyper: Any) -> Bucket:
-        """Gather what takes part in this step, creating the state of parameters that are new."""
-        bucket = Bucket(plan, hyper, [], [], [], [], [], [])
-        offsets = plan.offsets or [0] * len(plan.params)
-        for param, position, offset in zip(plan.params, plan.positions, offsets, strict=True):
-            ready = self._low_grads.get(param)
-            grad = param.grad if ready is None else ready
-            if grad is None:
-                continue
-            if grad.is_sparse:
-                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
-            held = self.state[param]
-            if not held:
-                held.update(state.zeros(self._specs(param, plan.view, hyper)))
-                if self._inert(hyper, grad):
-                    continue
-            bucket.params.append(param)
-            bucket.grads.append(grad)
-            bucket.states.append(held)
-            bucket.positions.append(position)
-            bucket.offsets.append(offset)
-            bucket.ready.append(ready)
-        return bucket
-
-    @staticmethod
-    def _inert(hyper: Any, grad: Tensor) -> bool:
-        """Recognise the warm-up step that checkpointing tools run to create state: lr 0 and zero gradients.
-
-        It must allocate and do nothing else: no basis of zeros, no step counted.
-        """
-        return float(hyper.lr) == 0.0 and not grad.any()
-
-    # ------------------------------------------------------------- checkpoints
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict, keeping this optimizer's dtypes, devices and structure.
-
-        torch casts every state tensor to the dtype of its parameter; ours stay what they are.
-
-        Args:
-            state_dict: What `state_dict()` returned.
-
-        Raises:
-            ValueError: The checkpoint is of another rank, side, rule or method; nothing is loaded.
-        """
-        raw: dict[Any, Any] = {}
-
-        def check(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            raw.update(loaded, param_groups=self._merged_groups(loaded["param_groups"]))
-            return raw
-
-        def restore(_: Optimizer) -> None:
-            self._restore(raw)
-
-        # Hooks, because torch's own hooks may replace the state dict on the way in and read the state on the way out.
-        handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        ]
-        before = {"state": self.state, "param_groups": self.param_groups}
-        try:
-            super().load_state_dict(state_dict)
-        except ValueError:
-            self.__setstate__(before)
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _merged_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Complete the groups of a checkpoint with options that it lacks, as one of torch's AdamW does."""
-        if len(saved) != len(self.param_groups):
-            return saved  # torch's error to raise
-        merged = []
-        for ours, theirs in zip(self.param_groups, saved, strict=True):
-            for name in STRUCTURAL:
-                if name in theirs and theirs[name] != ours.get(name):
-                    raise ValueError(
-                        f"the checkpoint has {name}={theirs[name]!r}, this optimizer {name}={ours.get(name)!r}: "
-                        f"construct it with {name}={theirs[name]!r}"
-                    )
-            options = {name: value for name, value in ours.items() if name not in ("params", "param_names")}
-            merged.append({**options, **theirs})
-        return merged
-
-    def _restore(self, loaded: dict[str, Any]) -> None:
-        order = [key for group in loaded["param_groups"] for key in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        self._plans = list(self._make_plans())
-        described = self._described()
-        for position, (key, param) in enumerate(zip(order, params, strict=True)):
-            saved = loaded["state"].get(key)
-            if saved:
-                label = f"parameter {position} {tuple(param.shape)}"
-                self.state[param] = state.restore(saved, described[param], label)
-
-    # ------------------------------------------------------------------ reports
-
-    def summary(self) -> Summary:
-        """Tell what was matched: one row a bucket with shape, count, side, rank and bytes of state.
-
-        The bytes are computed from metadata and equal what the first step allocates; print the result for a table.
-        """
-        return summarise(self._planned(), lambda p, v, g: self._specs(p, v, self._hyper(self.param_groups[g])))
-
-    def skipped_refreshes(self) -> int:
-        """Count the refreshes skipped so far because a gradient was zero or not finite, over all matrices."""
-        return sum(int(held["skipped_refreshes"]) for held in self.state.values() if "skipped_refreshes" in held)
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | tuple[float, float] = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rank: int | None = 128,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        projector: str = "sketch",
+        carry: str | None = None,
+        rule: str = "adamw",
+        state_dtype: str | torch.dtype | None = None,
+        gemm_dtype: str | torch.dtype = "auto",
+        rounding: str = "nearest",
+        stagger: bool = False,
+        seed: int = 0,
+        maximize: bool = False,
+        backend: str = "auto",
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        compat: str | None = None,
+    ) -> None:
+        adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule}
+        subspace = {"rank": rank, "scale": scale, "proj_type": proj_type, "carry": carry}
+        schedule = {"projector": projector, "update_proj_gap": update_proj_gap, "stagger": stagger, "seed": seed}
+        numerics = {"state_dtype": state_dtype, "gemm_dtype": gemm_dtype, "rounding": rounding, "backend": backend}
+        torch_form = {"maximize": maximize, "foreach": foreach, "fused": fused}
+        super().__init__(params, adam | subspace | schedule | numerics | torch_form | {"compat": compat})

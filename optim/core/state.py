@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,24 +77,20 @@ def zeros(described: Mapping[str, Spec]) -> dict[str, Tensor]:
     return {name: torch.zeros(s.shape, dtype=s.dtype, device=s.device) for name, s in described.items()}
 
 
-def restore(saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], label: str) -> dict[str, Tensor]:
-    """Bring loaded state to our dtypes and devices, in tensors of its own.
+def reconcile(states: MutableMapping[Any, dict[str, Tensor]], described: Mapping[Tensor, Mapping[str, Spec]]) -> None:
+    """Drop the state of parameters that left, and complete or refuse state that no longer fits its group.
 
     Raises:
-        ValueError: Names or shapes are those of another method, rule or rank.
+        ValueError: A group changed its rank or side after the first step.
     """
-    if saved.keys() != described.keys():
-        raise ValueError(
-            f"the loaded state of {label} has {sorted(saved)}, this optimizer keeps {sorted(described)}: "
-            "construct it as the optimizer of the checkpoint was"
-        )
-    loaded = {}
-    for name, spec in described.items():
-        value = torch.as_tensor(saved[name])
-        if tuple(value.shape) != spec.shape:
-            raise ValueError(
-                f"the loaded {name!r} of {label} has shape {tuple(value.shape)}, this optimizer needs {spec.shape}: "
-                "construct it with the options of the checkpoint"
-            )
-        loaded[name] = value.detach().to(device=spec.device, dtype=spec.dtype, copy=True)
-    return loaded
+    for param in [p for p in states if isinstance(p, Tensor) and p not in described]:
+        del states[param]
+    for param, held in states.items():
+        for name, spec in described.get(param, {}).items() if held else ():
+            if name not in held:  # a momentum that was switched on
+                held.update(zeros({name: spec}))
+            elif tuple(held[name].shape) != spec.shape:
+                raise ValueError(
+                    f"{name} of a {tuple(param.shape)} parameter has shape {tuple(held[name].shape)}, its group now "
+                    f"needs {spec.shape}: rank, density and proj_type cannot change after the first step"
+                )

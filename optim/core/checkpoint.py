@@ -1,0 +1,60 @@
+"""Loading a state dict: what a checkpoint may change, and what it must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .state import Spec
+
+STRUCTURAL = ("rank", "density", "proj_type", "rule", "state_dtype")
+"""Options that decide which state a parameter has: they cannot differ between a checkpoint and its reader."""
+
+Groups = Sequence[dict[str, Any]]
+
+
+def merged_groups(ours: Groups, saved: Groups) -> Groups:
+    """Complete the groups of a checkpoint with options that it lacks, as one of torch's AdamW does.
+
+    Raises:
+        ValueError: A structural option differs.
+    """
+    if len(saved) != len(ours):
+        return saved  # torch's error to raise
+    merged = []
+    for mine, theirs in zip(ours, saved, strict=True):
+        for name in STRUCTURAL:
+            if name in theirs and theirs[name] != mine.get(name):
+                raise ValueError(
+                    f"the checkpoint has {name}={theirs[name]!r}, this optimizer {name}={mine.get(name)!r}: "
+                    f"construct it with {name}={theirs[name]!r}"
+                )
+        options = {name: value for name, value in mine.items() if name not in ("params", "param_names")}
+        merged.append({**options, **theirs})
+    return merged
+
+
+def restore(saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], label: str) -> dict[str, Tensor]:
+    """Bring loaded state to our dtypes and devices, in tensors of its own.
+
+    Raises:
+        ValueError: Names or shapes are those of another method, rule or rank.
+    """
+    if saved.keys() != described.keys():
+        raise ValueError(
+            f"the loaded state of {label} has {sorted(saved)}, this optimizer keeps {sorted(described)}: "
+            "construct it as the optimizer of the checkpoint was"
+        )
+    loaded = {}
+    for name, spec in described.items():
+        value = torch.as_tensor(saved[name])
+        if tuple(value.shape) != spec.shape:
+            raise ValueError(
+                f"the loaded {name!r} of {label} has shape {tuple(value.shape)}, this optimizer needs {spec.shape}: "
+                "construct it with the options of the checkpoint"
+            )
+        loaded[name] = value.detach().to(device=spec.device, dtype=spec.dtype, copy=True)
+    return loaded

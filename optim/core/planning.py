@@ -1,0 +1,44 @@
+"""Sorting parameters into buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+from .bucket import Plan
+from .layout import Layout
+from .view import MatrixView
+
+See = Callable[[Tensor, dict[str, Any]], MatrixView | None]
+
+
+def make_plans(groups: Sequence[dict[str, Any]], see: See) -> list[Plan]:
+    """Sort the parameters of all groups into buckets of equal view, dtype, device and layout.
+
+    Args:
+        groups: Parameter groups.
+        see: Tells how a parameter of a group is projected, None for a plain one.
+    """
+    sorted_out: dict[tuple[Any, ...], Plan] = {}
+    position = 0
+    for index, group in enumerate(groups):
+        for param in group["params"]:
+            key = (index, see(param, group), param.dtype, param.device, Layout.of(param))
+            plan = sorted_out.setdefault(key, Plan(index, key[1], key[4], [], [], []))
+            plan.params.append(param)
+            plan.positions.append(position)
+            position += 1
+    _stagger([plan for plan in sorted_out.values() if plan.view is not None], groups)
+    return list(chain.from_iterable(plan.split() for plan in sorted_out.values()))
+
+
+def _stagger(plans: list[Plan], groups: Sequence[dict[str, Any]]) -> None:
+    """Spread the refreshes of all projected matrices evenly over their interval, in parameter order."""
+    positions = sorted(position for plan in plans for position in plan.positions)
+    place = {position: ordinal for ordinal, position in enumerate(positions)}
+    for plan in plans:
+        gap = groups[plan.group]["update_proj_gap"]
+        plan.offsets.extend(place[position] * gap // len(positions) for position in plan.positions)
