@@ -1,8 +1,9 @@
 """Memory-efficient replacements of torch.optim optimizers."""
 
 from .adafactor import Adafactor
+from .fira import Fira
 from .galore import GaLore
 from .params import param_groups
-from .presets import GaLoreAdafactor, GaLoreAdamW
+from .presets import FiraAdamW, GaLoreAdafactor, GaLoreAdamW
 
-__all__ = ["Adafactor", "GaLore", "GaLoreAdafactor", "GaLoreAdamW", "param_groups"]
+__all__ = ["Adafactor", "Fira", "FiraAdamW", "GaLore", "GaLoreAdafactor", "GaLoreAdamW", "param_groups"]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .fira import Fira
 from .galore import GaLore
 
 
@@ -42,8 +43,8 @@ class GaLoreAdamW(GaLore):
         **options: Any,
     ) -> None:
         del no_deprecation_warning
+        self._declare(correct_bias=correct_bias)
         super().__init__(params, lr, betas, eps, weight_decay, **_official(options))
-        self._add_options(correct_bias=correct_bias)
 
 
 class GaLoreAdafactor(GaLore):
@@ -90,16 +91,49 @@ class GaLoreAdafactor(GaLore):
             raise ValueError("lr=None needs relative_step=True: pass a learning rate or relative_step=True")
         if warmup_init and not relative:
             raise ValueError("warmup_init=True needs relative_step=True: pass lr=None")
-        betas = (beta1 or 0.0, 0.999)
-        options = {"rule": "adafactor", "state_dtype": "float32", **options}
-        super().__init__(params, 1e-2 if lr is None else lr, betas, eps, weight_decay, **_official(options))
-        self._add_options(
+        self._declare(
             scale_parameter=scale_parameter,
             relative_step=relative,
             warmup_init=warmup_init,
             clip_threshold=clip_threshold,
             beta2_decay=decay_rate,
         )
+        betas = (beta1 or 0.0, 0.999)
+        options = {"rule": "adafactor", "state_dtype": "float32", **options}
+        super().__init__(params, 1e-2 if lr is None else lr, betas, eps, weight_decay, **_official(options))
+
+
+class FiraAdamW(Fira):
+    """`fira.FiraAdamW` on our core: the released code's order of operations and residual.
+
+    Args:
+        params: Parameters or the official parameter groups (`rank, update_proj_gap, alpha, proj_type`).
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment, before bias correction.
+        weight_decay: Decoupled decay, after the update.
+        correct_bias: Correct the bias of the moments.
+        no_deprecation_warning: Accepted for compatibility; there is no such warning to silence.
+        options: Any further option of `Fira`, as `residual="exact"`.
+
+    Raises:
+        ValueError: As `Fira`.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        correct_bias: bool = True,
+        no_deprecation_warning: bool = False,
+        **options: Any,
+    ) -> None:
+        del no_deprecation_warning
+        self._declare(correct_bias=correct_bias)
+        super().__init__(params, lr, betas, eps, weight_decay, **_official(options))
 
 
 def _official(options: dict[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import torch
 from lowmem import optim
 from torch import Tensor
 
+from tests.reference.fira import fira_step
 from tests.reference.galore import galore_step
 
 SHAPES = {"tall": (24, 15), "wide": (13, 28), "square": (16, 16), "conv": (10, 4, 3, 3), "stack": (6, 8, 9)}
@@ -32,6 +34,7 @@ class Case:
     tolerance: float = 1e-9
     lr: float = 1e-2
     steps: int = STEPS
+    follow: Callable[..., None] = galore_step
 
 
 @lru_cache
@@ -58,7 +61,7 @@ def run(case: Case) -> tuple[Tensor, Tensor]:
         grad = grad.to(case.dtype)
         ours.grad = grad.clone()
         optimizer.step()
-        galore_step(theirs, grad, state, lr=case.lr, rank=RANK, gap=GAP, **case.reference)
+        case.follow(theirs, grad, state, lr=case.lr, rank=RANK, gap=GAP, **case.reference)
     return ours.detach(), theirs
 
 
@@ -100,4 +103,32 @@ def official_cases() -> Iterator[Case]:
                 )
 
 
-CASES = [*default_cases(), *official_cases()]
+def fira_cases() -> Iterator[Case]:
+    """Fira's paper and released code, every side, both scalings, with and without the limiter."""
+    modes = {"row": "column", "matrix": "matrix"}
+    variants = [("exact", "adamw", False), ("official", "adamw", False), ("exact", "rmsprop", False)]
+    for shape_name, shape in SHAPES.items():
+        for side, scale_mode, gamma in product(SIDES, modes, (1.01, None)):
+            for residual, rule, official in (*variants, ("official", "adamw", True)):
+                if (side, scale_mode) == ("full", "row"):
+                    continue
+                carry = "keep" if official else "rotate"
+                shared = {"betas": (0.9, 0.99), "weight_decay": 0.1, "scale": 0.25, "proj_type": side, "rule": rule}
+                shared |= {"gamma": gamma, "residual": residual, "carry": carry}
+                source = "code" if official else "paper"
+                yield Case(
+                    f"fira-{shape_name}-{side}-{scale_mode}-{gamma}-{residual}-{rule}-{source}",
+                    optim.Fira,
+                    {
+                        **shared,
+                        "scale_mode": scale_mode,
+                        "projector": "svd",
+                        "compat": "official" if official else None,
+                    },
+                    {**shared, "scale_mode": modes[scale_mode], "official": official},
+                    shape,
+                    follow=fira_step,
+                )
+
+
+CASES = [*default_cases(), *official_cases(), *fira_cases()]

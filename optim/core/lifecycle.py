@@ -28,7 +28,8 @@ class Lifecycle(Optimizer):
 
     Args:
         params: Parameters, parameter groups or (name, parameter) pairs, as in torch.optim.
-        defaults: Every option of the optimizer with its value. `rank` applies to all groups, unless a group names a
+        defaults: Every option of the optimizer with its value; a subclass declares its own before it calls the
+            constructor. `rank` applies to all groups, unless a group names a
             `rank` or `density` of its own: then groups that do not are plain.
 
     Raises:
@@ -40,9 +41,14 @@ class Lifecycle(Optimizer):
         groups: Any = params if isinstance(params, Tensor) else list(params)
         named = any(isinstance(group, dict) and ("rank" in group or "density" in group) for group in groups)
         self._transient()
+        defaults = {**defaults, **getattr(self, "_method_options", {})}
         normalise(defaults, frozenset(defaults))
         self._validate(defaults)
         super().__init__(groups, {**defaults, "rank": None} if named else defaults)
+
+    def _declare(self, **options: Any) -> None:
+        """Add a method's own options to those that the constructor passes on."""
+        self._method_options = {**getattr(self, "_method_options", {}), **options}
 
     def _transient(self) -> None:
         """Set up what is derived and never saved."""
@@ -68,13 +74,6 @@ class Lifecycle(Optimizer):
     def _hyper(self, group: dict[str, Any]) -> Any:
         """Freeze the options of a group for one step."""
         return Hyper.of(group)
-
-    def _add_options(self, **options: Any) -> None:
-        """Give every group, present and future, options beyond those of the constructor."""
-        self.defaults.update(options)
-        for group in self.param_groups:
-            for name, value in options.items():
-                group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options are spelled canonically and validated first.

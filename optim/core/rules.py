@@ -170,4 +170,29 @@ def _pair(eps: float | tuple[float, float]) -> tuple[float, float]:
     return eps if isinstance(eps, tuple) else (eps**2, 1e-3)
 
 
-RULES: dict[str, Rule] = {"adamw": AdamW(), "lion": Lion(), "sgd": SGD(), "adafactor": Adafactor()}
+class RMSprop(Rule):
+    """RMSprop's direction, `N = R / (sqrt(V) + eps)`; with b1 > 0 its momentum, `M <- b1 M + N`."""
+
+    drifting = ("exp_avg_sq",)
+
+    def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
+        """The second moment, and the momentum if b1 > 0."""
+        return {"exp_avg_sq": shape} | ({"exp_avg": shape} if hyper.betas[0] > 0 else {})
+
+    def direction(self, work: Work, hyper: Hyper) -> None:
+        """Tensor by tensor, without bias correction."""
+        beta1, beta2 = hyper.betas
+        for grad, state, out in zip(work.grads, work.states, work.out, strict=True):
+            second = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            torch.div(grad, second.sqrt().add_(single_eps(hyper.eps)), out=out)
+            if "exp_avg" in state:
+                out.copy_(state["exp_avg"].mul_(beta1).add_(out))
+
+
+RULES: dict[str, Rule] = {
+    "adamw": AdamW(),
+    "lion": Lion(),
+    "sgd": SGD(),
+    "rmsprop": RMSprop(),
+    "adafactor": Adafactor(),
+}

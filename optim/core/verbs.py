@@ -123,12 +123,18 @@ def inner(b: Bucket, low: Tensor) -> Tensor:
     return step
 
 
-def project_back_(b: Bucket, step: Tensor) -> None:
-    """Move the weights, `W <- (1 - lr wd) W - lr scale N P^T`: one GEMM a matrix that reads and writes W once."""
+def project_back_(b: Bucket, step: Tensor, rows: Tensor | None = None) -> None:
+    """Move the weights, `W <- (1 - lr wd) W - lr scale (N P^T + s o A)`: one GEMM a matrix, W in place.
+
+    Args:
+        b: The bucket.
+        step: N (k, a, r).
+        rows: s, factors of the rows of the gradient, (k, a) or (k, 1); None leaves the last term out.
+    """
     view, gemm = b.view, b.gemm_dtype
     for index, (param, held) in enumerate(zip(b.params, b.states, strict=True)):
         lr, decay = rates(b, index)
-        direction = step[index]
+        direction, rate = step[index], lr
         if isinstance(lr, Tensor):
             direction, lr = direction * lr, 1.0
         direction, basis = direction.to(gemm), held["basis"].to(gemm)
@@ -137,8 +143,22 @@ def project_back_(b: Bucket, step: Tensor) -> None:
         factors = (basis, direction.T) if view.transposed else (direction, basis.T)
         weight = param.detach().reshape(view.m, view.n)
         _addmm_(weight, factors, decay, -lr * b.hyper.scale)
+        if rows is not None:
+            _add_rows_(b, index, weight, rows[index] * rate)
         if weight.data_ptr() != param.data_ptr():  # a weight that cannot be viewed as a matrix, channels-last say
             param.copy_(weight.view_as(param))
+
+
+def _add_rows_(b: Bucket, index: int, weight: Tensor, rows: Tensor) -> None:
+    """`W <- W - scale s o A`, A of either sign; rows of zeros leave W alone even where A is not finite."""
+    matrix = b.matrix(index)
+    if weight.device.type != "cpu":
+        matrix = torch.where(rows[:, None] == 0, 0.0, matrix)
+    elif not rows.any():
+        return
+    scale = -b.hyper.scale if b.hyper.maximize else b.hyper.scale
+    oriented = weight.T if b.view.transposed else weight
+    oriented.addcmul_(rows[:, None].to(weight.dtype), matrix, value=-scale)
 
 
 def _addmm_(weight: Tensor, factors: tuple[Tensor, Tensor], decay: float | Tensor, alpha: float) -> None:

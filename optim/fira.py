@@ -1,0 +1,125 @@
+"""Fira: full-rank training under low-rank constraint (arXiv 2410.01623)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from .core import residual
+from .core.bucket import Bucket
+from .core.hyper import check_choices
+from .core.optimizer import SubspaceOptimizer
+from .core.state import Spec, specs
+from .core.verbs import inner, project, project_back_, refresh
+from .core.view import MatrixView
+
+CHOICES: dict[str, tuple[Any, ...]] = {"scale_mode": ("row", "matrix"), "residual": (None, "exact", "official")}
+
+
+class Fira(SubspaceOptimizer):
+    """Fira: GaLore, plus the part of the gradient outside the subspace, scaled as the rule scaled the part inside.
+
+    For a weight W oriented so that its gradient A (a x b) is projected from the right:
+
+        P_t    = r leading right singular vectors of A_t, every T steps     (b, r)
+        R_t    = A_t P_t                                                    (a, r)
+        N_t    = rule(R_t)                                                  (a, r)
+        phi_i  = |N_i| / |R_i|, a factor for every row i                    (a,)
+        S_t    = phi o (A_t - R_t P_t^T)                                    (a, b)
+        S_t    = S_t / L,  L = max(|S_t| / s, gamma) / gamma,  s = |S_t|    growth is limited to gamma
+        W_t    = (1 - lr wd) W_{t-1} - lr scale (N_t P_t^T + S_t)
+
+    S is never formed: `N P^T + s o (A - R P^T) = (N - s o R) P^T + s o A`, and its norm follows from row norms of A and
+    R. State of a projected matrix: GaLore's and one number, `min(m,n) r + 2 max(m,n) r + 1`.
+
+    Args:
+        params: Parameters, groups or (name, parameter) pairs; see `GaLore`.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled, before the update.
+        gamma: Largest growth of the residual's norm in a step; None does not limit it.
+        scale_mode: "row" has a factor for every row of A (a column of W where it is projected from the left), "matrix"
+            one for all. A `proj_type="full"` projection needs "matrix".
+        residual: "exact" (the paper, default) or "official" (default of `compat="official"`): the authors' residual
+            `A - scale R P^T`, added without `scale`.
+        options: Every option of `GaLore`: `rank`, `update_proj_gap`, `scale`, `proj_type`, `projector`, ...
+
+    Raises:
+        ValueError: An option is out of range or unknown but close to a known one.
+
+    Differences from the authors' code: the limiter's s is fp32 and a zero or non-finite s counts as none, so that a
+    zero gradient does not lock it (`compat="official"` keeps the lock); with `residual="exact"`, `scale` is nothing but
+    a factor of the learning rate.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float | tuple[float, float] = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        gamma: float | None = 1.01,
+        scale_mode: str = "row",
+        residual: str | None = None,
+        **options: Any,
+    ) -> None:
+        self._declare(gamma=gamma, scale_mode=scale_mode, residual=residual)
+        super().__init__(params, lr, betas, eps, weight_decay, **options)
+
+    def update(self, b: Bucket) -> None:
+        """One step of Fira on a bucket of same-shape matrices."""
+        group = self.param_groups[b.plan.group]
+        refresh(b)  # P_t, every T steps                                       (b, r)
+        low = project(b)  # R_t = A_t P_t                                      (k, a, r)
+        step = inner(b, low)  # N_t = rule(R_t)                                (k, a, r)
+        phi = residual.growth(step, low, by_row=group["scale_mode"] == "row")  # (k, a)
+        phi = self._limited(b, phi, low, group)  # phi / L                     (k, a)
+        step.addcmul_(phi[..., None], low, value=-1.0)  # N - phi o R
+        project_back_(b, step, rows=phi / b.hyper.scale if _leaks(group) else phi)  # + phi o A
+
+    def _limited(self, b: Bucket, phi: Tensor, low: Tensor, group: dict[str, Any]) -> Tensor:
+        """Divide phi by the growth limiter's L; the authors' limiter sees N before bias correction."""
+        leak = b.hyper.scale if _leaks(group) else 1.0
+        squares = residual.residual_squares(b, low, 2 * leak - leak**2)
+        phi.masked_fill_(~squares.sum(1, keepdim=True).isfinite(), 0.0)  # a bad gradient has no residual
+        if group["gamma"] is None:
+            return phi
+        norms = (phi.square() * squares.nan_to_num_()).sum(1).sqrt()  # |S|  (k,)
+        for index, held in enumerate(b.states):
+            t, (beta1, beta2) = int(held["step"]), b.hyper.betas
+            corrected = b.hyper.official and b.hyper.correct_bias and b.hyper.rule == "adamw"
+            raw = (1 - beta1**t) / (1 - beta2**t) ** 0.5 if corrected else 1.0
+            last = held["limit_norm"]
+            unset = torch.full_like(last, t == 1).bool() if b.hyper.official else ~((last > 0) & last.isfinite())
+            phi[index] /= residual.limit_growth(norms[index] * raw, last, group["gamma"], unset)
+        return phi
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        super()._validate(group)
+        check_choices(group, CHOICES)
+        if group["gamma"] is not None and not group["gamma"] >= 1.0:
+            raise ValueError(f"Invalid gamma: {group['gamma']}; need a number of at least 1, or None for no limit")
+        if group["proj_type"] == "full" and group["scale_mode"] == "row":
+            raise ValueError('proj_type="full" mixes the rows: pass scale_mode="matrix" with it')
+        if group["rule"] == "adafactor":
+            raise ValueError(
+                "rule='adafactor' has the learning rate in its direction: choose adamw, rmsprop, lion or sgd"
+            )
+
+    def _specs(self, param: Tensor, view: MatrixView | None, hyper: Any) -> dict[str, Spec]:
+        described = specs(param, view, hyper)
+        if view is not None:
+            described["limit_norm"] = Spec((), torch.promote_types(param.dtype, torch.float32), param.device)
+        return described
+
+
+def _leaks(group: dict[str, Any]) -> bool:
+    """Whether the residual is the authors', with `scale` inside."""
+    mode = group["residual"] or ("official" if group["compat"] == "official" else "exact")
+    return bool(mode == "official")
