@@ -3,7 +3,17 @@
 from .adafactor import Adafactor
 from .fira import Fira
 from .galore import GaLore
+from .online_subspace import OnlineSubspaceDescent
 from .params import param_groups
 from .presets import FiraAdamW, GaLoreAdafactor, GaLoreAdamW
 
-__all__ = ["Adafactor", "Fira", "FiraAdamW", "GaLore", "GaLoreAdafactor", "GaLoreAdamW", "param_groups"]
+__all__ = [
+    "Adafactor",
+    "Fira",
+    "FiraAdamW",
+    "GaLore",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "OnlineSubspaceDescent",
+    "param_groups",
+]

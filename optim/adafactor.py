@@ -250,8 +250,8 @@ class Adafactor(Lifecycle):
     def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
         return None
 
-    def _specs(self, param: Tensor, view: MatrixView | None, hyper: Any) -> dict[str, state.Spec]:
-        return specs(param, hyper)
+    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, state.Spec]:
+        return specs(param, self._hyper(group))
 
 
 def step_size(param: Tensor, t: int, o: Options) -> float | Tensor:

@@ -12,7 +12,7 @@ from .core import residual
 from .core.bucket import Bucket
 from .core.hyper import check_choices
 from .core.optimizer import SubspaceOptimizer
-from .core.state import Spec, specs
+from .core.state import Spec
 from .core.verbs import inner, project, project_back_, refresh
 from .core.view import MatrixView
 
@@ -112,8 +112,8 @@ class Fira(SubspaceOptimizer):
                 "rule='adafactor' has the learning rate in its direction: choose adamw, rmsprop, lion or sgd"
             )
 
-    def _specs(self, param: Tensor, view: MatrixView | None, hyper: Any) -> dict[str, Spec]:
-        described = specs(param, view, hyper)
+    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
+        described = super()._specs(param, view, group)
         if view is not None:
             described["limit_norm"] = Spec((), torch.promote_types(param.dtype, torch.float32), param.device)
         return described

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.reference.fira import fira_step
 from tests.reference.galore import galore_step
+from tests.reference.online_subspace import osd_step
 
 SHAPES = {"tall": (24, 15), "wide": (13, 28), "square": (16, 16), "conv": (10, 4, 3, 3), "stack": (6, 8, 9)}
 SIDES = ("std", "reverse_std", "left", "right", "full")
@@ -131,4 +132,20 @@ def fira_cases() -> Iterator[Case]:
                 )
 
 
-CASES = [*default_cases(), *official_cases(), *fira_cases()]
+def online_cases() -> Iterator[Case]:
+    """Online Subspace Descent: every side, rule and rule of the basis."""
+    for shape_name, shape in SHAPES.items():
+        for side, rule, proj_rule in product(SIDES[:-1], RULES, ("adam", "sgd", "lion", "adafactor")):
+            shared = {"betas": (0.9, 0.99), "weight_decay": 0.1, "scale": 0.5, "proj_type": side, "rule": rule}
+            shared |= {"proj_rule": proj_rule, "proj_weight_decay": 0.01, "ortho": 0.2}
+            yield Case(
+                f"online-{shape_name}-{side}-{rule}-{proj_rule}",
+                optim.OnlineSubspaceDescent,
+                {**shared, "projector": "svd"},
+                shared,
+                shape,
+                follow=osd_step,
+            )
+
+
+CASES = [*default_cases(), *official_cases(), *fira_cases(), *online_cases()]

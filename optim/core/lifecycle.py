@@ -116,7 +116,7 @@ class Lifecycle(Optimizer):
     def _described(self) -> dict[Tensor, dict[str, state.Spec]]:
         """Describe the state of every parameter."""
         return {
-            param: self._specs(param, plan.view, self._hyper(self.param_groups[plan.group]))
+            param: self._specs(param, plan.view, self.param_groups[plan.group])
             for plan in self._plans
             for param in plan.params
         }
@@ -135,9 +135,9 @@ class Lifecycle(Optimizer):
             return None
         return MatrixView.of(param.shape, rank, hyper.proj_type)
 
-    def _specs(self, param: Tensor, view: MatrixView | None, hyper: Any) -> dict[str, state.Spec]:
-        """Describe the state of a parameter."""
-        return state.specs(param, view, hyper)
+    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, state.Spec]:
+        """Describe the state of a parameter of a group."""
+        return state.specs(param, view, Hyper.of(group))
 
     def update(self, b: Bucket) -> None:
         """Step a bucket of projected matrices: the algorithm of the named optimizer."""
@@ -184,7 +184,7 @@ class Lifecycle(Optimizer):
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             held = self.state[param]
             if not held:
-                held.update(state.zeros(self._specs(param, plan.view, hyper)))
+                held.update(state.zeros(self._specs(param, plan.view, self.param_groups[plan.group])))
                 if self._inert(hyper, grad):
                     continue
             bucket.params.append(param)
@@ -254,7 +254,7 @@ class Lifecycle(Optimizer):
 
         The bytes are computed from metadata and equal what the first step allocates; print the result for a table.
         """
-        return summarise(self._planned(), lambda p, v, g: self._specs(p, v, self._hyper(self.param_groups[g])))
+        return summarise(self._planned(), lambda p, v, g: self._specs(p, v, self.param_groups[g]))
 
     def skipped_refreshes(self) -> int:
         """Count the refreshes skipped so far because a gradient was zero or not finite, over all matrices."""

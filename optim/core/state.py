@@ -17,6 +17,11 @@ COUNTERS = ("step", "until_refresh", "refreshes", "skipped_refreshes")
 """0-d CPU tensors: Adam's step count, steps until the next refresh, refreshes done, refreshes skipped."""
 
 
+def is_counter(name: str) -> bool:
+    """Tell a count from state that costs memory."""
+    return name in COUNTERS or name.endswith("_step")
+
+
 class Spec(NamedTuple):
     """Metadata of a state tensor."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .bucket import Plan
-from .state import COUNTERS, Spec
+from .state import Spec, is_counter
 from .view import MatrixView
 
 
@@ -63,7 +63,7 @@ def summarise(plans: list[Plan], specs: Callable[[Tensor, MatrixView | None, int
     for plan in plans:
         for param in plan.params:
             described = specs(param, plan.view, plan.group)
-            size = sum(spec.nbytes for name, spec in described.items() if name not in COUNTERS)
+            size = sum(spec.nbytes for name, spec in described.items() if not is_counter(name))
             shape = tuple(param.shape)
             key = (plan.group, shape, plan.view)
             side, rank = ("plain", None) if plan.view is None else (plan.view.side, plan.view.rank)

@@ -24,8 +24,8 @@ from .projector import PROJECTORS, Request, official_svd
 from .rules import Work
 
 
-def refresh(b: Bucket) -> None:
-    """Find a new basis for every matrix whose interval is over.
+def refresh(b: Bucket, *, once: bool = False) -> None:
+    """Find a new basis for every matrix whose interval is over; `once` finds the first one only.
 
     A gradient that is zero or not finite says nothing about the subspace: the old basis stays (a random one is made
     if there is none), `skipped_refreshes` counts it, and the refresh is tried again in the next step.
@@ -37,6 +37,8 @@ def refresh(b: Bucket) -> None:
         scale = torch.maximum(-low, high).to(b.dtype)  # max|A|
         if scale.isfinite() and scale >= torch.finfo(b.dtype).tiny:
             _renew(b, index, scale)
+            if once:
+                held["until_refresh"].fill_(math.inf)
         else:
             _skip(b, index)
 
