@@ -23,7 +23,8 @@ class GaLore(SubspaceOptimizer):
         params: Parameters, groups or (name, parameter) pairs. Options below may be given by group; `alpha`,
             `update_gap`, `projection_type` and `density` (rank as a share of the smaller side) are accepted there.
         lr: Learning rate, a number or a 1-element tensor. Projected matrices move by `lr * scale`.
-        betas: Decay rates of the moments. Lion uses both, momentum SGD and Adafactor the first as momentum.
+        betas: Decay rates of the moments. Lion uses both, momentum SGD, RMSprop and Adafactor the first as
+            momentum.
         eps: Added to the root of the second moment; for Adafactor also the pair (eps1, eps2) of its paper.
         weight_decay: Decoupled, before the update, by `lr * weight_decay`.
         rank: Rank r of the subspace. If any group names a rank, groups that do not are plain; otherwise it applies to
@@ -35,7 +36,7 @@ class GaLore(SubspaceOptimizer):
         projector: "sketch" (randomized subspace iteration, warm-started, seeded) or "svd" (exact).
         carry: What becomes of the moments at a refresh: "rotate" (the default) expresses them in the new basis,
             "keep" (the paper, and the default of `compat="official"`) leaves their numbers, "reset" starts afresh.
-        rule: Inner optimizer: "adamw", "adafactor", "lion" or "sgd".
+        rule: Inner optimizer: "adamw", "adafactor", "lion", "rmsprop" or "sgd".
         state_dtype: Dtype of the moments: "float32" (the default; fp64 for fp64 parameters), "bfloat16" (second
             moments rounded stochastically), "parameter" (the default of `compat="official"`), or a torch.dtype.
         gemm_dtype: Dtype of the projections' operands; "auto" is the gradient's.
