@@ -27,7 +27,8 @@ from tests.reference.subspace import best_rank_energy, captured_energy, orthonor
 
 SIDES = ("std", "reverse_std", "left", "right", "full")
 RULES = ("adamw", "sgd", "lion", "adafactor")
-PROJECTORS = ("sketch", "svd")
+PROJECTORS = ("sketch", "svd", "track", "random")
+FINDERS = ("sketch", "svd")  # those that find the dominant subspace of any gradient at once
 few = settings(max_examples=15, deadline=None)
 
 
@@ -159,7 +160,7 @@ def test_full_rank_galore_is_adam_in_rotated_coordinates(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize("projector", FINDERS)
 def test_a_gradient_within_a_fixed_subspace_is_projected_without_loss(side: str, projector: str) -> None:
     left, right = orthogonal(12, 1)[:, :3], orthogonal(9, 2)[:, :3]
     weight = torch.zeros(12, 9, dtype=torch.float64)
@@ -527,7 +528,7 @@ def test_global_random_state_is_neither_read_nor_moved() -> None:
 # --------------------------------------------------------------------------------------------- hostile inputs
 
 
-@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize("projector", FINDERS)
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_zero_gradient_first_leaves_a_sane_basis_for_one_step_only(projector: str, side: str, rule: str) -> None:
@@ -600,7 +601,7 @@ def test_a_bad_matrix_does_not_disturb_its_bucket() -> None:
 
 
 @pytest.mark.parametrize("compat", [None, "official"])
-@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize("projector", FINDERS)
 @pytest.mark.parametrize("side", ["left", "right", "full"])
 @pytest.mark.parametrize("kind", ["rank-1", "repeated", "one-entry", "constant"])
 def test_degenerate_spectra(compat: str | None, projector: str, side: str, kind: str) -> None:
@@ -624,7 +625,7 @@ def test_degenerate_spectra(compat: str | None, projector: str, side: str, kind:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("projector", PROJECTORS)
+@pytest.mark.parametrize("projector", FINDERS)
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_extreme_gradient_scales_find_the_subspace_and_keep_all_finite(rule: str, projector: str, scale: float) -> None:
     lr = 1e-3 if rule != "sgd" else 1e-3 / scale
@@ -946,3 +947,33 @@ def test_the_first_refresh_needs_no_more_than_state_low_rank_buffers_and_one_mat
     with PeakMemory() as memory:
         optimizer.step()
     assert memory.peak <= optimizer.summary().state_bytes + 2 * m * rank * 4 + m * n * 4
+
+
+def test_tracking_follows_a_drifting_subspace_better_than_a_stale_basis() -> None:
+    shape, captured = (96, 64), {}
+    for projector, gap in (("track", 2), ("svd", 40)):
+        optimizer, params = build([torch.zeros(shape)], rank=8, projector=projector, update_proj_gap=gap)
+        shares = []
+        for step in range(40):
+            grad = (1 - step / 40) * spectral(SPECTRA["i^-1"][:64], *shape) + step / 40 * spectral(
+                SPECTRA["i^-1"][:64], *shape, seed=10
+            )
+            feed(optimizer, params, [grad])
+            shares.append(captured_energy(grad, optimizer.state[params[0]]["basis"]) / best_rank_energy(grad, 8))
+        captured[projector] = sum(shares) / len(shares)
+    assert captured["track"] >= 0.98
+    assert captured["track"] > captured["svd"]
+
+
+def test_random_bases_differ_by_matrix_and_refresh_and_not_by_gradient() -> None:
+    def bases(seed: int) -> list[Tensor]:
+        optimizer, params = build([randn(9, 7), randn(9, 7)], projector="random", update_proj_gap=1)
+        found = []
+        for step in range(2):
+            feed(optimizer, params, [randn(9, 7, seed=seed + step), randn(9, 7, seed=seed + 9)])
+            found += [optimizer.state[param]["basis"].clone() for param in params]
+        return found
+
+    ours = bases(0)
+    assert all(torch.equal(a, b) for a, b in zip(ours, bases(50), strict=True))
+    assert all(not torch.allclose(ours[i], ours[j]) for i in range(4) for j in range(i))

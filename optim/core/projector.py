@@ -82,6 +82,28 @@ def svd(request: Request) -> Bases:
     return _bases(request, basis, request.matrix.to(basis.dtype) @ basis)
 
 
+def track(request: Request) -> Bases:
+    """One power step from the old basis, `P = qr(A^T (A P_old))`: follows a drifting subspace for two thin GEMMs.
+
+    Meant for short intervals (`update_proj_gap=10`), where a cheap step often keeps more of the gradient's energy than
+    an exact basis now and then (arXiv 2410.16103 refreshes so in every step). The first basis is a sketch.
+    """
+    if request.old is None:
+        return sketch(request)
+    matrix, scale = request.matrix, request.scale
+    columns, image = linalg.range_finder(matrix, request.old.to(scale.dtype), 1, scale, request.layout.sum_rows)
+    return _bases(request, columns, image.mul_(scale))
+
+
+def random_basis(request: Request) -> Bases:
+    """Random orthonormal columns, new ones at every refresh, from the seed alone: no look at the gradient."""
+    view, matrix, dtype = request.view, request.matrix, request.scale.dtype
+    basis = linalg.orthonormal(random.normal(request.seed, view.b, view.rank, matrix.device).to(dtype))
+    if not view.full:
+        return Bases(basis)
+    return Bases(basis, linalg.orthonormal(random.normal(request.seed + 1, view.a, view.rank, matrix.device).to(dtype)))
+
+
 def official_svd(request: Request) -> Bases:
     """The authors' own SVD call: fp32, in the weight's orientation, rounded to the gradient's dtype."""
     grad = request.matrix.T if request.view.transposed else request.matrix
@@ -98,4 +120,9 @@ def _bases(request: Request, basis: Tensor, image: Tensor) -> Bases:
     return Bases(basis, image=image)
 
 
-PROJECTORS: dict[str, Callable[[Request], Bases]] = {"sketch": sketch, "svd": svd}
+PROJECTORS: dict[str, Callable[[Request], Bases]] = {
+    "sketch": sketch,
+    "svd": svd,
+    "track": track,
+    "random": random_basis,
+}
