@@ -45,6 +45,8 @@ def losses(folder):
         ["--optimizer=adamw", "--lr=1e-2"],
         ["--optimizer=adamw", "--lr=1e-2", "--accumulation=2", "--dtype=bf16", "--checkpointing"],
         ["--optimizer=galore", "--lr=1e-2", "--rank=4", "--update-proj-gap=3"],
+        ["--optimizer=fira", "--lr=1e-2", "--rank=4", "--update-proj-gap=3"],
+        ["--optimizer=onlinesubspacedescent", "--lr=1e-3", "--rank=4"],
         ["--optimizer=galore", "--lr=1e-2", "--rank=4", "--update-proj-gap=3", "--stagger", "--state-dtype=bfloat16"],
         ["--optimizer=adafactor", "--lr=1e-2", "--beta1=0.9"],
     ],

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem.optim import Adafactor, GaLore, GaLoreAdafactor, GaLoreAdamW, param_groups
+from lowmem.optim import Adafactor, Fira, GaLore, GaLoreAdafactor, GaLoreAdamW, OnlineSubspaceDescent, param_groups
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from torch.optim import lr_scheduler
@@ -25,9 +25,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "plain": lambda params, **options: GaLore(params, **{"rank": None, **options}),
     "galore_adamw": lambda params, **options: GaLoreAdamW(params, **{"rank": 3, **options}),
     "galore_adafactor": lambda params, **options: GaLoreAdafactor(params, **{"rank": 3, "lr": 1e-3, **options}),
+    "fira": lambda params, **options: Fira(params, **{"rank": 3, **options}),
+    "online": lambda params, **options: OnlineSubspaceDescent(params, **{"rank": 3, **options}),
     "adafactor": lambda params, **options: Adafactor(params, **{"lr": 1e-3, **options}),
 }
-SUBSPACE = ("galore", "galore_adamw", "galore_adafactor")
+SUBSPACE = ("galore", "galore_adamw", "galore_adafactor", "fira", "online")
 every = pytest.mark.parametrize("name", OPTIMIZERS)
 
 

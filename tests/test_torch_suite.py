@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem.optim import Adafactor, GaLore, GaLoreAdamW
+from lowmem.optim import Adafactor, Fira, FiraAdamW, GaLore, GaLoreAdamW, OnlineSubspaceDescent
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
@@ -102,6 +102,9 @@ OPTIM_DB = {
     "GaLore-plain": record(GaLore, ADAM_INPUTS, ADAM_ERRORS, rank=None),
     "GaLore-rank2": record(GaLore, RANKED_INPUTS, ADAM_ERRORS, rank=2, scale=1.0),
     "GaLoreAdamW": record(GaLoreAdamW, ADAM_INPUTS, ADAM_ERRORS, rank=2),
+    "Fira": record(Fira, ADAM_INPUTS, ADAM_ERRORS, rank=2, scale=1.0),
+    "FiraAdamW": record(FiraAdamW, ADAM_INPUTS, ADAM_ERRORS, rank=2),
+    "OnlineSubspaceDescent": record(OnlineSubspaceDescent, ADAM_INPUTS, ADAM_ERRORS, rank=2),
     "Adafactor": record(Adafactor, ADAFACTOR_INPUTS, ADAFACTOR_ERRORS),
 }
 
