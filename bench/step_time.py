@@ -20,6 +20,7 @@ from ..optim.core import linalg
 from . import peers
 from .config import RunConfig
 from .data import load_source
+from .errors import UserError
 from .measure import device_name, now, versions
 from .models import build_model
 from .optimizers import state_bytes
@@ -110,6 +111,10 @@ def _parameters(settings: Settings, device: torch.device) -> tuple[list[Tensor],
     """Return the model's projected and plain parameters, with gradients of real text."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
     model = build_model(settings.model, max_length=settings.length, dtype=dtype).to(device)
+    *rest, group = param_groups(model, rank=settings.rank)
+    smallest = min(min(param.shape) for param in group["params"])
+    if settings.rank >= smallest:
+        raise UserError(f"--rank is {settings.rank}: {settings.model} needs less than {smallest}, its smallest side")
     source = load_source(RunConfig(batch_size=settings.batch_size, length=settings.length))
     warm_up = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(4):
@@ -118,7 +123,6 @@ def _parameters(settings: Settings, device: torch.device) -> tuple[list[Tensor],
         model(input_ids=tokens, labels=tokens).loss.backward()
         if step < 3:
             warm_up.step()
-    *rest, group = param_groups(model, rank=settings.rank)
     return group["params"], [param for plain in rest for param in plain["params"]]
 
 

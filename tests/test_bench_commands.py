@@ -105,3 +105,49 @@ def test_bad_input_in_a_process_is_one_line(small, tmp_path):
     assert run.stderr.startswith("lowmem: unknown optimizer 'adamv'. Did you mean adamw")
     assert run.stderr.count("\n") == 1
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_step_time_prints_both_tables_and_writes_the_figures(tmp_path):
+    (tmp_path / "small.json").write_text(json.dumps({**SMALL, "max_position_embeddings": 256}))
+    flags = ["--model=small.json", "--rank=4", "--rounds=3", "--gap=4", "--out=figures.json"]
+    run = lowmem("step-time", *flags, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    for text in ("GEMM floor", "GaLore", "torch AdamW fused", "projected matrices", "plain parameters", "staggered"):
+        assert text in run.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["name"] for row in figures["projected"]][:2] == ["GEMM floor", "GaLore"]
+    ours = figures["projected"][1]
+    assert ours["amortised_50"] == pytest.approx(ours["plain"] + (ours["refresh"] - ours["plain"]) / 50)
+    assert 0.9 <= figures["energy"]["cold_min"] <= 1.0 + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model=nowhere"], "unknown model"),
+        (["--dtype=fp8"], "fp32 or bf16"),
+        (["--rank=0"], "rank"),
+        (["--model=tiny", "--rank=200"], "rank"),
+    ],
+)
+def test_bad_step_time_input_is_one_line(flags, message, tmp_path):
+    run = lowmem("step-time", *flags, cwd=tmp_path)
+    assert run.returncode != 0
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert message in run.stderr
+
+
+def test_optimizers_lists_names_and_the_options_of_one(tmp_path):
+    names = lowmem("optimizers", cwd=tmp_path)
+    assert {"adamw", "galore", "fira", "onlinesubspacedescent", "adafactor"} <= set(names.stdout.split())
+    options = lowmem("optimizers", "fira", cwd=tmp_path)
+    assert "--gamma" in options.stdout
+    assert "--update-proj-gap" in options.stdout
+
+
+def test_galore_trains_beside_adamw_with_less_state(small, tmp_path):
+    run = lowmem("compare", *small, "--out=both", "adamw lr=1e-3", "galore lr=1e-2 rank=4", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    summaries = [json.loads(path.read_text()) for path in sorted((tmp_path / "both").glob("*/summary.json"))]
+    adamw, galore = (summary["optimizer_state_bytes"] for summary in summaries)
+    assert galore < adamw
