@@ -51,8 +51,3 @@ def lion(grad: Tensor, moment: Tensor, out: Tensor, betas: tuple[float, float]) 
 def momentum(grad: Tensor, moment: Tensor, out: Tensor, beta: float) -> None:
     """Heavy ball: `M <- b M + R`, `N = M`."""
     out.copy_(moment.mul_(beta).add_(grad))
-
-
-def project_back(weight: Tensor, step: Tensor, basis: Tensor, decay: float, alpha: float) -> None:
-    """`W <- decay W - alpha N P^T`, W (a, b), N (a, r), P (b, r)."""
-    weight.copy_(decay * weight - alpha * (step @ basis.T))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from torch.optim import lr_scheduler
 
+from tests.helpers import randn
 from tests.reference.adafactor import hf_adafactor_step
 from tests.reference.galore import galore_step
 
@@ -31,11 +32,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 SUBSPACE = ("galore", "galore_adamw", "galore_adafactor", "fira", "online")
 every = pytest.mark.parametrize("name", OPTIMIZERS)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def make(name: str, shapes: tuple[tuple[int, ...], ...] = ((9, 7), (5,)), **options: Any):

@@ -11,10 +11,7 @@ from lowmem.optim import Fira, FiraAdamW, GaLore
 from torch import Tensor
 from torch.nn import Parameter
 
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+from tests.helpers import feed, randn
 
 
 def build(
@@ -23,12 +20,6 @@ def build(
     param = Parameter(randn(*shape, dtype=dtype))
     defaults = {"lr": 1e-2, "rank": 4, "update_proj_gap": 5, "weight_decay": 0.0}
     return Fira([param], **{**defaults, **options}), param
-
-
-def feed(optimizer: torch.optim.Optimizer, param: Parameter, grads: list[Tensor]) -> None:
-    for grad in grads:
-        param.grad = grad.to(param.dtype)
-        optimizer.step()
 
 
 def residual_norms(optimizer: Fira, param: Parameter, grads: list[Tensor]) -> list[float]:

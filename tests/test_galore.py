@@ -23,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.helpers import randn
 from tests.reference.subspace import best_rank_energy, captured_energy, orthonormality_error
 
 SIDES = ("std", "reverse_std", "left", "right", "full")
@@ -30,11 +31,6 @@ RULES = ("adamw", "sgd", "lion", "adafactor")
 PROJECTORS = ("sketch", "svd", "track", "random")
 FINDERS = ("sketch", "svd")  # those that find the dominant subspace of any gradient at once
 few = settings(max_examples=15, deadline=None)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 @lru_cache

@@ -10,17 +10,12 @@ import torch
 from lowmem.optim import GaLore, OnlineSubspaceDescent
 from lowmem.optim.core.descend import pca_gradient
 from lowmem.optim.core.layout import Layout
-from torch import Tensor
 from torch.nn import Parameter
 
+from tests.helpers import feed, randn
 from tests.reference.subspace import best_rank_energy, captured_energy
 
 PROJ_RULES = ("adam", "sgd", "lion", "adafactor")
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def build(
@@ -28,12 +23,6 @@ def build(
 ) -> tuple[OnlineSubspaceDescent, Parameter]:
     param = Parameter(randn(*shape, dtype=dtype))
     return OnlineSubspaceDescent([param], **{"lr": 1e-3, "rank": 4, "weight_decay": 0.0, **options}), param
-
-
-def feed(optimizer: torch.optim.Optimizer, param: Parameter, grads: list[Tensor]) -> None:
-    for grad in grads:
-        param.grad = grad.to(param.dtype)
-        optimizer.step()
 
 
 @pytest.mark.parametrize("ortho", [0.0, 0.3])

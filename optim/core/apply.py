@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kernels import random
 from . import codec
 from .bucket import Bucket
 from .rules import Work, learning_rate
@@ -16,22 +17,22 @@ def count_step(b: Bucket) -> list[int]:
     return [int(held["step"]) for held in b.states]
 
 
-def run_rule(b: Bucket, stored: Work, seeds: list[int]) -> None:
+def run_rule(b: Bucket, stored: Work, keys: list[tuple[int, ...]]) -> None:
     """Run the rule on states in their storage dtype: load them, let the rule work, store them.
 
     Args:
         b: The bucket, for its rule and hyper-parameters.
         stored: The work, with states as they are stored.
-        seeds: A seed for each tensor, for the stochastic rounding of second moments.
+        keys: What distinguishes each tensor in this step: the seed of the stochastic rounding of second moments.
     """
     names = b.rule.buffers(tuple(stored.grads[0].shape), b.hyper)
     loaded = [{name: codec.load(held[name], b.dtype) for name in names} for held in stored.states]
     b.rule.direction(Work(stored.grads, loaded, stored.counts, stored.weights, stored.out), b.hyper)
-    for held, values, seed in zip(stored.states, loaded, seeds, strict=True):
+    for held, values, key in zip(stored.states, loaded, keys, strict=True):
         for name, value in values.items():
             if value is not held[name]:
                 drifts = name in b.rule.drifting and not b.hyper.official
-                codec.store(held[name], value, seed if drifts else None)
+                codec.store(held[name], value, random.mix(b.hyper.seed, *key) if drifts else None)
 
 
 def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:

@@ -29,8 +29,8 @@ class Lifecycle(Optimizer):
     Args:
         params: Parameters, parameter groups or (name, parameter) pairs, as in torch.optim.
         defaults: Every option of the optimizer with its value; a subclass declares its own before it calls the
-            constructor. `rank` applies to all groups, unless a group names a
-            `rank` or `density` of its own: then groups that do not are plain.
+            constructor. `rank` applies to all groups, unless a group names a `rank` or `density` of its own: then
+            groups that do not are plain.
 
     Raises:
         ValueError: An option is out of range, unknown but close to a known one, or contradicts another.

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from ...kernels import random
 from . import state
 from .apply import count_step, rates, run_rule
 from .bucket import Bucket, State
@@ -61,8 +60,8 @@ def _by_rule(b: Bucket) -> None:
     for piece, (param, grad, held) in enumerate(_pieces(b)):
         work = grad.to(b.dtype)
         step = torch.empty_like(work)
-        seed = random.mix(b.hyper.seed, b.positions[0], t, piece)
-        run_rule(b, Work([-work if b.hyper.maximize else work], [held], [t], [param], [step]), [seed])
+        signed = -work if b.hyper.maximize else work
+        run_rule(b, Work([signed], [held], [t], [param], [step]), [(b.positions[0], t, piece)])
         param.copy_((param.to(b.dtype) * decay).sub_(step.mul_(lr)))
 
 

@@ -121,7 +121,7 @@ def inner(b: Bucket, low: Tensor) -> Tensor:
     torch._foreach_sub_([held["until_refresh"] for held in b.states], 1)
     counts = count_step(b)
     work = Work(low.unbind(), b.states, counts, b.params, step.unbind())
-    run_rule(b, work, [random.mix(b.hyper.seed, position, t) for position, t in zip(b.positions, counts, strict=True)])
+    run_rule(b, work, list(zip(b.positions, counts, strict=True)))
     return step
 
 
