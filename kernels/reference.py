@@ -5,6 +5,8 @@ Moments are updated in place; the direction `N` is written to `out`, so that the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,24 @@ def adam(
         c1, c2 = 1 - beta1**t, 1 - beta2**t
         root = (second / c2).sqrt_().add_(eps / c2**0.5 if raw_eps else eps)
         torch.div(first / c1, root, out=direction)
+
+
+def adam_by_column(
+    grads: Sequence[Tensor],
+    moments: tuple[Sequence[Tensor], Sequence[Tensor]],
+    ages: Sequence[Tensor],
+    out: Sequence[Tensor],
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    """Adam on matrices (a, r) whose columns have step counts of their own, `ages` (r,); otherwise as `adam`."""
+    beta1, beta2 = betas
+    for grad, first, second, age, direction in zip(grads, *moments, ages, out, strict=True):
+        first.lerp_(grad, 1 - beta1)
+        second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        t = age.to(grad.dtype)
+        root = (second / (1 - beta2**t)).sqrt_().add_(eps)
+        torch.div(first / (1 - beta1**t), root, out=direction)
 
 
 def lion(grad: Tensor, moment: Tensor, out: Tensor, betas: tuple[float, float]) -> None:

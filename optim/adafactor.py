@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .core import codec, factored, state
-from .core.bucket import Bucket, State
+from .core import codec, factored
+from .core.basis import State
+from .core.bucket import Bucket
 from .core.hyper import check_adam, check_choices, scalar
 from .core.lifecycle import Lifecycle
+from .core.spec import Spec, counter
 from .core.view import MatrixView
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -250,7 +252,7 @@ class Adafactor(Lifecycle):
     def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
         return None
 
-    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, state.Spec]:
+    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         return specs(param, self._hyper(group))
 
 
@@ -280,7 +282,7 @@ def precondition(grad: Tensor, held: State, t: int, o: Options, eps1: float) -> 
     return update.permute([order.index(d) for d in range(len(order))])
 
 
-def specs(param: Tensor, o: Options) -> dict[str, state.Spec]:
+def specs(param: Tensor, o: Options) -> dict[str, Spec]:
     """Describe the state of a parameter."""
     shape, order = tuple(param.shape), o.dims(tuple(param.shape))
     work = codec.work_dtype(param.dtype)
@@ -289,8 +291,8 @@ def specs(param: Tensor, o: Options) -> dict[str, state.Spec]:
     else:
         turned = tuple(shape[d] for d in order)
         statistics = {"exp_avg_sq_row": turned[:-1], "exp_avg_sq_col": turned[:-2] + turned[-1:]}
-    described = {name: state.Spec(size, work, param.device) for name, size in statistics.items()}
+    described = {name: Spec(size, work, param.device) for name, size in statistics.items()}
     if o.beta1 is not None:
         storage = codec.storage_dtype(param.dtype, o.momentum_dtype)
-        described["exp_avg"] = state.Spec(shape, storage, param.device)
-    return {"step": state.counter(), **described}
+        described["exp_avg"] = Spec(shape, storage, param.device)
+    return {"step": counter(), **described}

@@ -12,8 +12,8 @@ from .core import residual
 from .core.bucket import Bucket
 from .core.hyper import check_choices
 from .core.optimizer import SubspaceOptimizer
-from .core.state import Spec
-from .core.verbs import inner, project, project_back_, refresh
+from .core.spec import Spec
+from .core.verbs import follow, inner, project, project_back_, refresh
 from .core.view import MatrixView
 
 CHOICES: dict[str, tuple[Any, ...]] = {"scale_mode": ("row", "matrix"), "residual": (None, "exact", "official")}
@@ -82,6 +82,7 @@ class Fira(SubspaceOptimizer):
         phi = self._limited(b, phi, low, group)  # phi / L                     (k, a)
         step.addcmul_(phi[..., None], low, value=-1.0)  # N - phi o R
         project_back_(b, step, rows=phi / b.hyper.scale if _leaks(group) else phi)  # + phi o A
+        follow(b, low)  # P_{t+1}, by projectors that move after the step
 
     def _limited(self, b: Bucket, phi: Tensor, low: Tensor, group: dict[str, Any]) -> Tensor:
         """Divide phi by the growth limiter's L; the authors' limiter sees N before bias correction."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .core.bucket import Bucket
 from .core.optimizer import SubspaceOptimizer
-from .core.verbs import inner, project, project_back_, refresh
+from .core.verbs import follow, inner, project, project_back_, refresh
 
 
 class GaLore(SubspaceOptimizer):
@@ -64,3 +64,4 @@ class GaLore(SubspaceOptimizer):
         low = project(b)  # R_t = A_t P_t             (k, a, r)
         step = inner(b, low)  # N_t = rule(R_t)       (k, a, r)
         project_back_(b, step)  # W <- (1 - lr wd) W - lr scale N P^T
+        follow(b, low)  # P_{t+1}, by projectors that move after the step

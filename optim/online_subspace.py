@@ -8,14 +8,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core.bucket import Bucket
-from .core.descend import Descent, basis_specs, descend_
 from .core.optimizer import SubspaceOptimizer
-from .core.state import Spec
-from .core.verbs import inner, project, project_back_, refresh
-from .core.view import MatrixView
-
-RULES = {"adam": "adamw", "sgd": "sgd", "lion": "lion", "adafactor": "adafactor"}
-BETAS = {"adam": (0.9, 0.999), "sgd": (0.0, 0.0), "lion": (0.9, 0.99), "adafactor": (0.0, 0.999)}
+from .core.verbs import follow, inner, project, project_back_, refresh
 
 
 class OnlineSubspaceDescent(SubspaceOptimizer):
@@ -43,6 +37,7 @@ class OnlineSubspaceDescent(SubspaceOptimizer):
         weight_decay: Decoupled, before the update.
         scale: Factor of the learning rate of projected matrices; the paper has none.
         proj_rule: Optimizer of the basis: "adam", "sgd", "lion" or "adafactor".
+        proj_init: How P_1 is found: "sketch" or "svd" of the first gradient, or "random".
         proj_ratio: Learning rate of the basis over that of the weights.
         proj_betas: Decay rates of the basis' optimizer; None takes (0.9, 0.999), for lion (0.9, 0.99), for sgd and
             adafactor no momentum.
@@ -68,50 +63,24 @@ class OnlineSubspaceDescent(SubspaceOptimizer):
         *,
         scale: float = 1.0,
         proj_rule: str = "adam",
+        proj_init: str = "sketch",
         proj_ratio: float = 5.0,
         proj_betas: tuple[float, float] | None = None,
         proj_weight_decay: float = 0.0,
         ortho: float = 0.1,
         **options: Any,
     ) -> None:
-        refused = {"carry", "stagger", "update_proj_gap", "compat"} & options.keys()
+        refused = {"projector", "carry", "stagger", "lazy", "update_proj_gap", "compat"} & options.keys()
         if refused:
             raise ValueError(f"{', '.join(sorted(refused))}: the basis is never refreshed, drop the option")
-        self._declare(proj_rule=proj_rule, proj_ratio=proj_ratio, proj_betas=proj_betas)
+        self._declare(proj_rule=proj_rule, proj_init=proj_init, proj_ratio=proj_ratio, proj_betas=proj_betas)
         self._declare(proj_weight_decay=proj_weight_decay, ortho=ortho)
-        super().__init__(params, lr, betas, eps, weight_decay, scale=scale, **options)
+        super().__init__(params, lr, betas, eps, weight_decay, scale=scale, projector="descend", **options)
 
     def update(self, b: Bucket) -> None:
         """One step of Online Subspace Descent on a bucket of same-shape matrices."""
-        known = [bool(held["refreshes"] > 0) for held in b.states]
-        refresh(b, once=True)  # P_1                                          (b, r)
-        low = project(b)  # R_t = A_t P_t                                     (k, a, r)
-        step = inner(b, low)  # N_t = rule(R_t)                               (k, a, r)
+        refresh(b)  # P_1, once                       (b, r)
+        low = project(b)  # R_t = A_t P_t             (k, a, r)
+        step = inner(b, low)  # N_t = rule(R_t)       (k, a, r)
         project_back_(b, step)  # W <- (1 - lr wd) W - lr scale N P^T
-        how = _descent(self.param_groups[b.plan.group])
-        for index in range(len(b.params)):
-            if known[index]:
-                descend_(b, index, low[index], how)  # P_{t+1}                (b, r)
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        super()._validate(group)
-        if group["proj_rule"] not in RULES:
-            raise ValueError(f"Invalid proj_rule: {group['proj_rule']!r}; choose one of {', '.join(map(repr, RULES))}")
-        for name in ("proj_ratio", "proj_weight_decay", "ortho"):
-            if not 0.0 <= group[name] < float("inf"):
-                raise ValueError(f"Invalid {name}: {group[name]}; need a number of at least 0")
-        if group["proj_type"] == "full":
-            raise ValueError("proj_type='full' has two bases: choose std, reverse_std, left or right")
-
-    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
-        described = super()._specs(param, view, group)
-        return described if view is None else described | basis_specs(param, view, self._hyper(group), _descent(group))
-
-    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return (*super()._structure(group), group["proj_rule"])
-
-
-def _descent(group: dict[str, Any]) -> Descent:
-    name = group["proj_rule"]
-    betas = group["proj_betas"] or BETAS[name]
-    return Descent(RULES[name], group["proj_ratio"] * group["lr"], betas, group["proj_weight_decay"], group["ortho"])
+        follow(b, low)  # P_{t+1} = P_t - e rule_P(grad L(P_t))

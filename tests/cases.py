@@ -141,7 +141,7 @@ def online_cases() -> Iterator[Case]:
             yield Case(
                 f"online-{shape_name}-{side}-{rule}-{proj_rule}",
                 optim.OnlineSubspaceDescent,
-                {**shared, "projector": "svd"},
+                {**shared, "proj_init": "svd"},
                 shared,
                 shape,
                 follow=osd_step,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def run_rule(b: Bucket, stored: Work, keys: list[tuple[int, ...]]) -> None:
     """
     names = b.rule.buffers(tuple(stored.grads[0].shape), b.hyper)
     loaded = [{name: codec.load(held[name], b.dtype) for name in names} for held in stored.states]
-    b.rule.direction(Work(stored.grads, loaded, stored.counts, stored.weights, stored.out), b.hyper)
+    b.rule.direction(replace(stored, states=loaded), b.hyper)
     for held, values, key in zip(stored.states, loaded, keys, strict=True):
         for name, value in values.items():
             if value is not held[name]:

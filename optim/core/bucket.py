@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from . import codec
+from .basis import Basis, State
 from .hyper import Hyper
 from .layout import Layout
 from .rules import RULES, Rule
 from .view import MatrixView
-
-State = dict[str, Tensor]
 
 CPU_BUFFER = 1 << 19
 """Elements of a bucket's R on a CPU, where it is read back while still in the cache."""
@@ -69,6 +68,10 @@ class Bucket:
     offsets: list[int]
     ready: list[Tensor | None]
     """Low-rank gradients R that arrive already projected, in the place of full ones."""
+    projected: list[Tensor | None]
+    """R where the refresh of this step has it at hand."""
+    fresh: list[bool]
+    """Whether the basis was found in this step."""
 
     @property
     def view(self) -> MatrixView:
@@ -81,6 +84,11 @@ class Bucket:
     def layout(self) -> Layout:
         """Sums over shards."""
         return self.plan.layout
+
+    @property
+    def basis(self) -> Basis:
+        """How the bases are kept and multiplied."""
+        return self.hyper.chooses.basis
 
     @property
     def rule(self) -> Rule:
@@ -116,4 +124,6 @@ class Bucket:
             [self.positions[index]],
             [self.offsets[index]],
             [self.ready[index]],
+            [self.projected[index]],
+            [self.fresh[index]],
         )

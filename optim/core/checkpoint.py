@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .state import Spec
+from .projector import PROJECTORS
+from .spec import Spec
 
 STRUCTURAL = ("rank", "density", "proj_type", "rule", "state_dtype")
 """Options that decide which state a parameter has: they cannot differ between a checkpoint and its reader."""
@@ -32,9 +33,21 @@ def merged_groups(ours: Groups, saved: Groups) -> Groups:
                     f"the checkpoint has {name}={theirs[name]!r}, this optimizer {name}={mine.get(name)!r}: "
                     f"construct it with {name}={theirs[name]!r}"
                 )
+        _check_basis(mine, theirs)
         options = {name: value for name, value in mine.items() if name not in ("params", "param_names")}
         merged.append({**options, **theirs})
     return merged
+
+
+def _check_basis(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """A projector may differ, for the checkpoint's is taken over; how the basis is kept may not."""
+    names = mine.get("projector"), theirs.get("projector", mine.get("projector"))
+    ours, saved = (getattr(PROJECTORS.get(str(name)), "basis", name) for name in names)
+    if ours is not saved:
+        raise ValueError(
+            f"the checkpoint has projector={names[1]!r}, this optimizer projector={names[0]!r}, which keeps its basis "
+            f"in another form: construct the optimizer that wrote it, with projector={names[1]!r}"
+        )
 
 
 def restore(saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], label: str) -> dict[str, Tensor]:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import codec, linalg, state
-from .bucket import Bucket
-from .hyper import Hyper
+from . import codec, linalg
+from .basis import Dense
 from .layout import Layout
 from .rules import RULES, Work
+from .spec import Spec, counter
 from .view import MatrixView
+
+if TYPE_CHECKING:
+    from .bucket import Bucket
+    from .hyper import Hyper
 
 PREFIX = "basis_"
 """State of the basis' own optimizer carries this prefix."""
+
+BASIS_RULES = {"adam": "adamw", "sgd": "sgd", "lion": "lion", "adafactor": "adafactor"}
+"""Optimizers of the basis, and the rules that they are."""
+
+BETAS = {"adam": (0.9, 0.999), "sgd": (0.0, 0.0), "lion": (0.9, 0.99), "adafactor": (0.0, 0.999)}
 
 
 def pca_gradient(basis: Tensor, image: Tensor, adjoint: Tensor, ortho: float, layout: Layout) -> Tensor:
@@ -44,51 +54,58 @@ class Descent:
     """How the basis moves.
 
     Args:
-        rule: Name of the basis' own rule.
-        lr: Its learning rate e.
-        betas: Its decay rates.
+        hyper: Hyper-parameters of the basis' own rule, its learning rate e among them.
         decay: Its decoupled decay.
         ortho: Weight of the orthogonality term.
     """
 
-    rule: str
-    lr: float | Tensor
-    betas: tuple[float, float]
+    hyper: Hyper
     decay: float
     ortho: float
 
-    def hyper(self, hyper: Hyper) -> Hyper:
-        """The hyper-parameters of the basis' rule, as those of any other rule."""
-        return replace(hyper, rule=self.rule, lr=self.lr, betas=self.betas, eps=1e-8, compat=None)
+    @classmethod
+    def of(cls, h: Hyper) -> Descent:
+        """Read it from the options of a group; e follows the group's learning rate."""
+        betas = h.proj_betas or BETAS[h.proj_rule]
+        lr = h.proj_ratio * h.lr
+        hyper = replace(h, rule=BASIS_RULES[h.proj_rule], lr=lr, betas=betas, eps=1e-8, carry="keep", compat=None)
+        return cls(hyper, h.proj_weight_decay, h.ortho)
 
 
-def descend_(b: Bucket, index: int, low: Tensor, how: Descent) -> None:
+def descend_(b: Bucket, index: int, low: Tensor) -> None:
     """`P <- (1 - e wd) P - e D` for one matrix, D the direction of the basis' rule on `pca_gradient`.
 
     A zero or non-finite gradient leaves P and its moments as they are (on a GPU, where asking would synchronise, it
-    counts as one without direction).
+    counts as one without direction). So does the step that found P: there the gradient is rounding noise, which the
+    rules would blow up.
     """
-    held, matrix, rule = b.states[index], b.matrix(index), RULES[how.rule]
+    held, matrix, how = b.states[index], b.matrix(index), Descent.of(b.hyper)
     norm = torch.linalg.vector_norm(matrix, dtype=b.dtype)
     usable = norm.isfinite() & (norm > 0)
-    if norm.device.type == "cpu" and not usable:
+    if b.fresh[index] or (norm.device.type == "cpu" and not usable):
         return
     norm = torch.where(usable, norm, 1.0)
-    basis = held["basis"]
+    basis, rule, lr = held["basis"], RULES[how.hyper.rule], how.hyper.lr
     image = (-low if b.hyper.maximize else low) / norm  # Y, whatever sign the weights follow
     adjoint = b.layout.sum_rows(linalg.product(matrix.T, image) / norm)
     grad = torch.where(usable, pca_gradient(basis, image, adjoint, how.ortho, b.layout), 0.0)
     held[f"{PREFIX}step"] += 1
-    hyper = how.hyper(b.hyper)
-    moments = {name: held[PREFIX + name] for name in rule.buffers(tuple(basis.shape), hyper)}
+    moments = {name: held[PREFIX + name] for name in rule.buffers(tuple(basis.shape), how.hyper)}
     direction = torch.empty_like(grad)
-    rule.direction(Work([grad], [moments], [int(held[f"{PREFIX}step"])], [basis], [direction]), hyper)
-    basis.mul_(1 - how.lr * how.decay).sub_(direction if rule.absolute else direction.mul_(how.lr))
+    rule.direction(Work([grad], [moments], [int(held[f"{PREFIX}step"])], [basis], [direction]), how.hyper)
+    basis.mul_(1 - lr * how.decay).sub_(direction if rule.absolute else direction.mul_(lr))
 
 
-def basis_specs(param: Tensor, view: MatrixView, hyper: Hyper, how: Descent) -> dict[str, state.Spec]:
-    """Describe the basis, in fp32 so that small steps move it, and the state of its rule."""
-    work, shape = codec.work_dtype(param.dtype), view.basis_shapes["basis"]
-    sizes = RULES[how.rule].buffers(shape, how.hyper(hyper))
-    moments = {PREFIX + name: state.Spec(size, work, param.device) for name, size in sizes.items()}
-    return {"basis": state.Spec(shape, work, param.device), f"{PREFIX}step": state.counter(), **moments}
+class Descending(Dense):
+    """P with an optimizer of its own, in fp32 so that small steps move it."""
+
+    def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
+        """`b r` elements of P, and the state of its rule."""
+        work, shape, own = codec.work_dtype(param.dtype), view.basis_shapes["basis"], Descent.of(hyper).hyper
+        moments = {
+            PREFIX + name: Spec(size, work, param.device) for name, size in RULES[own.rule].buffers(shape, own).items()
+        }
+        return {"basis": Spec(shape, work, param.device), f"{PREFIX}step": counter(), **moments}
+
+
+DESCENDING = Descending()

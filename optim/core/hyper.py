@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from ...kernels import BACKENDS
+from .basis import DENSE
 from .codec import STATE_DTYPES
-from .projector import PROJECTORS
+from .descend import BASIS_RULES
+from .projector import PROJECTORS, Projector
 from .rules import RULES
 from .view import SIDES
 
@@ -34,6 +36,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rounding": ("nearest",),
     "backend": BACKENDS,
     "compat": (None, "official"),
+    "proj_rule": tuple(BASIS_RULES),
+    "proj_init": ("sketch", "svd", "random"),
 }
 
 UNSUPPORTED = ("amsgrad", "capturable", "differentiable")
@@ -72,6 +76,13 @@ class Hyper:
     warmup_init: bool = False
     clip_threshold: float = 1.0
     beta2_decay: float = -0.8
+    lazy: float | None = None
+    proj_rule: str = "adam"
+    proj_init: str = "sketch"
+    proj_ratio: float = 5.0
+    proj_betas: tuple[float, float] | None = None
+    proj_weight_decay: float = 0.0
+    ortho: float = 0.1
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyper:
@@ -88,6 +99,21 @@ class Hyper:
     def official(self) -> bool:
         """Follow the authors' code where it differs from the paper."""
         return self.compat == "official"
+
+    @property
+    def chooses(self) -> Projector:
+        """How the subspace is chosen and kept."""
+        return PROJECTORS[self.projector]
+
+    @property
+    def side(self) -> str:
+        """The projected side: the projector's own, or what the group says."""
+        return self.chooses.side or self.proj_type
+
+    @property
+    def counts_coordinates(self) -> bool:
+        """Coordinates that stay keep their own age at a refresh, which Adam's bias correction needs."""
+        return self.rule == "adamw" and self.carry == "rotate" and self.chooses.basis.counted
 
     def rank_for(self, shape: tuple[int, int]) -> int | None:
         """Rank of a matrix of this shape, or None where the group is plain."""
@@ -175,8 +201,27 @@ def check_subspace(group: Mapping[str, Any]) -> None:
         raise ValueError(f"rank={group['rank']} and density={density} contradict each other: keep one of them")
     if not 0.0 < group["scale"] < float("inf"):
         raise ValueError(f"Invalid scale: {group['scale']}; need a positive number")
+    _check_projector(group)
     if group.get("dim", 2) != 2:
         raise ValueError(f"Invalid dim: {group['dim']}; drop the key, more dimensions are viewed as a matrix")
+
+
+def _check_projector(group: Mapping[str, Any]) -> None:
+    projector, side, lazy = PROJECTORS[group["projector"]], group["proj_type"], group.get("lazy")
+    if projector.side is not None and side not in ("std", projector.side):
+        raise ValueError(f"projector={group['projector']!r} chooses its own side: drop proj_type={side!r}")
+    if side == "full" and (projector.basis is not DENSE):
+        raise ValueError(
+            f"proj_type='full' needs two dense bases, projector={group['projector']!r} has none: choose "
+            "proj_type='std', or projector='sketch', 'svd', 'track' or 'random'"
+        )
+    if lazy is not None and not 0.0 <= lazy <= 1.0:
+        raise ValueError(f"Invalid lazy: {lazy}; need an overlap between 0 and 1, or None")
+    if lazy is not None and group["projector"] == "descend":
+        raise ValueError(f"lazy={lazy}: projector='descend' is never refreshed, drop the option")
+    for name in ("proj_ratio", "proj_weight_decay", "ortho"):
+        if name in group and not 0.0 <= group[name] < float("inf"):
+            raise ValueError(f"Invalid {name}: {group[name]}; need a number of at least 0")
 
 
 def check_choices(group: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:

@@ -16,6 +16,7 @@ from .checkpoint import STRUCTURAL, merged_groups, restore
 from .hyper import Hyper, check_subspace, normalise
 from .plain import plain_
 from .planning import make_plans
+from .spec import Spec
 from .summary import Summary, summarise
 from .view import MatrixView, matrix_shape
 
@@ -111,9 +112,10 @@ class Lifecycle(Optimizer):
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What decides which state the parameters of a group have."""
-        return (*(group.get(name) for name in STRUCTURAL), group["betas"][0] > 0)
+        options = (*STRUCTURAL, "projector", "lazy", "carry", "proj_rule")
+        return (*(group.get(name) for name in options), group["betas"][0] > 0)
 
-    def _described(self) -> dict[Tensor, dict[str, state.Spec]]:
+    def _described(self) -> dict[Tensor, dict[str, Spec]]:
         """Describe the state of every parameter."""
         return {
             param: self._specs(param, plan.view, self.param_groups[plan.group])
@@ -133,9 +135,9 @@ class Lifecycle(Optimizer):
         rank = hyper.rank_for(shape)
         if rank is None or (rank >= min(shape) and not hyper.official):
             return None
-        return MatrixView.of(param.shape, rank, hyper.proj_type)
+        return MatrixView.of(param.shape, rank, hyper.side)
 
-    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, state.Spec]:
+    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         """Describe the state of a parameter of a group."""
         return state.specs(param, view, Hyper.of(group))
 
@@ -173,7 +175,7 @@ class Lifecycle(Optimizer):
 
     def _bucket(self, plan: Plan, hyper: Any) -> Bucket:
         """Gather what takes part in this step, creating the state of parameters that are new."""
-        bucket = Bucket(plan, hyper, [], [], [], [], [], [])
+        bucket = Bucket(plan, hyper, [], [], [], [], [], [], [], [])
         offsets = plan.offsets or [0] * len(plan.params)
         for param, position, offset in zip(plan.params, plan.positions, offsets, strict=True):
             ready = self._low_grads.get(param)
@@ -193,6 +195,8 @@ class Lifecycle(Optimizer):
             bucket.positions.append(position)
             bucket.offsets.append(offset)
             bucket.ready.append(ready)
+            bucket.projected.append(None)
+            bucket.fresh.append(False)
         return bucket
 
     @staticmethod

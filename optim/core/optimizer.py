@@ -30,6 +30,7 @@ class SubspaceOptimizer(Lifecycle):
         state_dtype: str | torch.dtype | None = None,
         gemm_dtype: str | torch.dtype = "auto",
         rounding: str = "nearest",
+        lazy: float | None = None,
         stagger: bool = False,
         seed: int = 0,
         maximize: bool = False,
@@ -41,6 +42,7 @@ class SubspaceOptimizer(Lifecycle):
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule}
         subspace = {"rank": rank, "scale": scale, "proj_type": proj_type, "carry": carry}
         schedule = {"projector": projector, "update_proj_gap": update_proj_gap, "stagger": stagger, "seed": seed}
+        schedule["lazy"] = lazy
         numerics = {"state_dtype": state_dtype, "gemm_dtype": gemm_dtype, "rounding": rounding, "backend": backend}
         torch_form = {"maximize": maximize, "foreach": foreach, "fused": fused}
         super().__init__(params, adam | subspace | schedule | numerics | torch_form | {"compat": compat})

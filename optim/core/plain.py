@@ -10,7 +10,8 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from . import state
 from .apply import count_step, rates, run_rule
-from .bucket import Bucket, State
+from .basis import State
+from .bucket import Bucket
 from .rules import Work, single_eps
 
 CHUNK = 1 << 18

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...kernels import random
 from . import linalg
+from .basis import COSINE, DENSE, INDEX, Bases, Basis
+from .descend import DESCENDING
 from .layout import Layout
 from .view import MatrixView
+
+if TYPE_CHECKING:
+    from .hyper import Hyper
 
 POWER_ITERATIONS = 2
 OVERSAMPLE = 8
@@ -29,6 +34,7 @@ class Request:
         layout: Sums over shards.
         seed: A seed of this matrix and this refresh.
         old: The basis in use (b x r), or None before the first refresh.
+        hyper: Options of the group, for projectors that have some of their own.
     """
 
     matrix: Tensor
@@ -37,20 +43,24 @@ class Request:
     layout: Layout
     seed: int
     old: Tensor | None
+    hyper: Hyper | None = None
 
 
-class Bases(NamedTuple):
-    """What a refresh finds.
+class Projector(NamedTuple):
+    """One way to choose the subspace.
 
     Args:
-        basis: P (b x r).
-        left: For a full projection the left basis Q (a x r).
-        image: `A P` (a x r) where the projector has it at hand: the projection of this step's gradient.
+        find: Finds a basis from the gradient, before it is projected.
+        basis: How the basis is kept and multiplied.
+        side: The side that it projects whatever the group's `proj_type` says: "left", "right" or "flat" (the entries
+            of the whole matrix); None leaves the choice to the group.
+        follows: After its first basis it moves at the end of a step, from A and R, instead of being found anew.
     """
 
-    basis: Tensor
-    left: Tensor | None = None
-    image: Tensor | None = None
+    find: Callable[[Request], Bases]
+    basis: Basis = DENSE
+    side: str | None = None
+    follows: bool = False
 
 
 def sketch(request: Request) -> Bases:
@@ -82,26 +92,31 @@ def svd(request: Request) -> Bases:
     return _bases(request, basis, request.matrix.to(basis.dtype) @ basis)
 
 
-def track(request: Request) -> Bases:
-    """One power step from the old basis, `P = qr(A^T (A P_old))`: follows a drifting subspace for two thin GEMMs.
+def anything(basis: Basis) -> Callable[[Request], Bases]:
+    """From the seed alone, new at every refresh, without a look at the gradient."""
 
-    Meant for short intervals (`update_proj_gap=10`), where a cheap step often keeps more of the gradient's energy than
-    an exact basis now and then (arXiv 2410.16103 refreshes so in every step). The first basis is a sketch.
-    """
-    if request.old is None:
-        return sketch(request)
-    matrix, scale = request.matrix, request.scale
-    columns, image = linalg.range_finder(matrix, request.old.to(scale.dtype), 1, scale, request.layout.sum_rows)
-    return _bases(request, columns, image.mul_(scale))
+    def find(request: Request) -> Bases:
+        found = basis.arbitrary(request.view, request.seed, request.matrix.device)
+        if not found.basis.is_floating_point():
+            return found
+        dtype = request.scale.dtype
+        return Bases(found.basis.to(dtype), None if found.left is None else found.left.to(dtype))
+
+    return find
 
 
-def random_basis(request: Request) -> Bases:
-    """Random orthonormal columns, new ones at every refresh, from the seed alone: no look at the gradient."""
-    view, matrix, dtype = request.view, request.matrix, request.scale.dtype
-    basis = linalg.orthonormal(random.normal(request.seed, view.b, view.rank, matrix.device).to(dtype))
-    if not view.full:
-        return Bases(basis)
-    return Bases(basis, linalg.orthonormal(random.normal(request.seed + 1, view.a, view.rank, matrix.device).to(dtype)))
+def first_of_descent(request: Request) -> Bases:
+    """The first basis of one that descends: `proj_init`, another projector."""
+    return PROJECTORS["sketch" if request.hyper is None else request.hyper.proj_init].find(request)
+
+
+def cosines(request: Request) -> Bases:
+    """The r columns of the fixed cosine matrix D that hold most of the gradient: the largest column norms of A D."""
+    scale, view = request.scale, request.view
+    matrix = random.cosines(view.b, request.matrix.dtype, request.matrix.device)
+    image = linalg.product(request.matrix, matrix.to(scale.dtype) / scale)  # (a, b)
+    energy = request.layout.sum_rows(image.square().sum(0))
+    return Bases(energy.topk(view.rank).indices.sort().values.int())
 
 
 def official_svd(request: Request) -> Bases:
@@ -120,9 +135,14 @@ def _bases(request: Request, basis: Tensor, image: Tensor) -> Bases:
     return Bases(basis, image=image)
 
 
-PROJECTORS: dict[str, Callable[[Request], Bases]] = {
-    "sketch": sketch,
-    "svd": svd,
-    "track": track,
-    "random": random_basis,
+PROJECTORS: dict[str, Projector] = {
+    "sketch": Projector(sketch),
+    "svd": Projector(svd),
+    "track": Projector(sketch, follows=True),
+    "descend": Projector(first_of_descent, DESCENDING, follows=True),
+    "random": Projector(anything(DENSE)),
+    "dct": Projector(cosines, COSINE),
+    "columns": Projector(anything(INDEX), INDEX, "right"),
+    "rows": Projector(anything(INDEX), INDEX, "left"),
+    "randk": Projector(anything(INDEX), INDEX, "flat"),
 }

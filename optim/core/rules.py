@@ -33,6 +33,7 @@ class Work:
         counts: Step count t of each tensor, from 1.
         weights: The parameters, for rules that scale by their size.
         out: Directions N, of the shapes of `grads`; written.
+        ages: Step counts of each column (r,), in the place of `counts`, where columns have started at different steps.
     """
 
     grads: Sequence[Tensor]
@@ -40,6 +41,7 @@ class Work:
     counts: Sequence[int]
     weights: Sequence[Tensor]
     out: Sequence[Tensor]
+    ages: Sequence[Tensor] | None = None
 
 
 class Rule(ABC):
@@ -76,8 +78,12 @@ class AdamW(Rule):
         """One fused launch for all tensors."""
         if not work.grads:
             return
-        counts = list(work.counts) if hyper.correct_bias else [reference.NO_CORRECTION] * len(work.counts)
         moments = ([s["exp_avg"] for s in work.states], [s["exp_avg_sq"] for s in work.states])
+        if work.ages is not None:
+            options = hyper.betas, single_eps(hyper.eps)
+            reference.adam_by_column(work.grads, moments, work.ages, work.out, *options)
+            return
+        counts = list(work.counts) if hyper.correct_bias else [reference.NO_CORRECTION] * len(work.counts)
         adam = pick("adam", work.grads[0], hyper.backend)
         eps = single_eps(hyper.eps)
         adam(list(work.grads), moments, counts, list(work.out), hyper.betas, eps, raw_eps=hyper.official)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,43 +11,29 @@ from torch import Tensor
 from . import codec
 from .hyper import Hyper
 from .rules import RULES
+from .spec import Spec, counter
 from .view import MatrixView
 
 COUNTERS = ("step", "until_refresh", "refreshes", "skipped_refreshes")
 """0-d CPU tensors: Adam's step count, steps until the next refresh, refreshes done, refreshes skipped."""
 
+INTERVAL = "interval"
+"""One more where refreshes are lazy: steps between two of them now."""
+
+AGE = "age"
+"""Steps taken by each coordinate of an index basis (r,), where they are carried by coordinate."""
+
 
 def is_counter(name: str) -> bool:
     """Tell a count from state that costs memory."""
-    return name in COUNTERS or name.endswith("_step")
-
-
-class Spec(NamedTuple):
-    """Metadata of a state tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * self.dtype.itemsize
-
-
-def counter(device: torch.device | str = "cpu") -> Spec:
-    """Metadata of a counter: fp32, as torch stores step counts."""
-    return Spec((), torch.float32, torch.device(device))
+    return name in COUNTERS or name == INTERVAL or name.endswith("_step")
 
 
 def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spec]:
     """Describe the state of a parameter.
 
-    A projected matrix stores its basis in the parameter's dtype and its moments in the state dtype: with AdamW inside
-    `min*r + 2*max*r` elements, and four counters.
+    A projected matrix stores its basis as the projector keeps it and its moments in the state dtype: with AdamW inside
+    and a dense basis `min*r + 2*max*r` elements, and four counters.
     """
     storage = codec.storage_dtype(param.dtype, hyper.state_dtype)
     shape = tuple(param.shape) if view is None else view.low_shape
@@ -57,8 +43,12 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
     if view is None:
         on_device = runs_fused(param, hyper) and param.device.type == "cuda"
         return {"step": counter(param.device if on_device else "cpu"), **moments}
-    bases = {name: Spec(size, param.dtype, param.device) for name, size in view.basis_shapes.items()}
-    return {**{name: counter() for name in COUNTERS}, **bases, **moments}
+    described = {name: counter() for name in COUNTERS}
+    if hyper.lazy is not None:
+        described[INTERVAL] = counter()
+    if hyper.counts_coordinates:
+        described[AGE] = Spec((view.rank,), torch.float32, param.device)
+    return {**described, **hyper.chooses.basis.specs(param, view, hyper), **moments}
 
 
 def delegates(param: Tensor, hyper: Hyper) -> bool:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .bucket import Plan
-from .state import Spec, is_counter
+from .spec import Spec
+from .state import is_counter
 from .view import MatrixView
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 SIDES = ("std", "reverse_std", "left", "right", "full")
+"""Values of the option `proj_type`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class MatrixView:
 
     `A = W` (a = m, b = n) for a right projection, `A = W^T` (a = n, b = m) for a left one, so that the low-rank
     matrix is always `R = A P` with the basis `P` (b x r). A full projection adds a left basis `Q` (a x r) and
-    `R = Q^T A P` is r x r.
+    `R = Q^T A P` is r x r. A flat one sees the weight as a single row: a = 1, b = m n.
 
     Args:
         m: Rows of the weight matrix, its first dimension.
@@ -34,8 +35,13 @@ class MatrixView:
 
     @classmethod
     def of(cls, shape: Sequence[int], rank: int, proj_type: str) -> MatrixView:
-        """Orient a weight of the given shape; `std` projects the smaller side, right where they are equal."""
+        """Orient a weight of the given shape; `std` projects the smaller side, right where they are equal.
+
+        A flat view takes `rank max(m, n)` entries: as many as R has in a standard projection of that rank.
+        """
         m, n = matrix_shape(shape)
+        if proj_type == "flat":
+            return cls(1, m * n, min(rank * max(m, n), m * n), False, False)
         left = {"std": m < n, "reverse_std": m >= n, "left": True, "right": False, "full": False}[proj_type]
         return cls(m, n, min(rank, m, n), left, proj_type == "full")
 

@@ -1,0 +1,120 @@
+"""When and how the basis of a matrix changes: found anew before the projection, or moved after the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...kernels import random
+from . import linalg
+from .basis import Bases
+from .bucket import Bucket
+from .carry import carry_moments
+from .descend import descend_
+from .projector import Request, official_svd
+from .state import INTERVAL
+
+LAZIEST = 16
+"""Largest multiple of `update_proj_gap` to which a lazy interval grows."""
+
+
+def refresh(b: Bucket) -> None:
+    """Find a new basis for every matrix whose interval is over; a projector that follows only needs a first one.
+
+    A gradient that is zero or not finite says nothing about the subspace: the old basis stays (an arbitrary one is
+    made if there is none), `skipped_refreshes` counts it, and the refresh is tried again in the next step.
+    """
+    for index, held in enumerate(b.states):
+        if held["until_refresh"].item() > 0 or b.ready[index] is not None:
+            continue  # not due, or no full gradient to learn from
+        if b.hyper.chooses.follows and held["refreshes"].item() > 0:
+            continue
+        low, high = torch.aminmax(b.grads[index])  # an order of magnitude faster than the maximum norm
+        scale = torch.maximum(-low, high).to(b.dtype)  # max|A|
+        if scale.isfinite() and scale >= torch.finfo(b.dtype).tiny:
+            _find(b, index, scale)
+        else:
+            _skip(b, index)
+
+
+def follow(b: Bucket, low: Tensor) -> None:
+    """Move the bases of projectors that follow: "descend" in every step, "track" where the interval is over.
+
+    Args:
+        b: The bucket, whose weights have moved already.
+        low: R (k, a, r) of this step.
+    """
+    if not b.hyper.chooses.follows:
+        return
+    for index, held in enumerate(b.states):
+        if b.ready[index] is None and b.hyper.projector == "descend":
+            descend_(b, index, low[index])
+        elif b.ready[index] is None and held["until_refresh"].item() <= 0:
+            _track(b, index, low[index])
+
+
+def _find(b: Bucket, index: int, scale: Tensor) -> None:
+    held, hyper = b.states[index], b.hyper
+    done = int(held["refreshes"])
+    matrix = b.matrix(index)
+    request = Request(
+        matrix=matrix.float() if matrix.dtype == torch.float16 else matrix,
+        scale=scale,
+        view=b.view,
+        layout=b.layout,
+        seed=random.mix(hyper.seed, b.positions[index], done),
+        old=held["basis"] if done else None,
+        hyper=hyper,
+    )
+    find = official_svd if hyper.official and hyper.projector == "svd" else hyper.chooses.find
+    bases = find(request)
+    _adopt(b, index, bases)
+    b.projected[index] = bases.image
+    b.fresh[index] = True
+
+
+def _track(b: Bucket, index: int, low: Tensor) -> None:
+    """One power step that reuses R, `P <- qr(A^T R)`, for the steps to come: one product more than other steps.
+
+    Follows a drifting subspace at short intervals (`update_proj_gap=10`), where a cheap step often keeps more of the
+    gradient's energy than an exact basis now and then (arXiv 2410.16103 does so in every step).
+    """
+    matrix, held = b.matrix(index), b.states[index]
+    image = linalg.product(matrix, held["basis"].to(b.dtype)) if b.view.full else low  # A P (a, r)
+    scale = image.abs().amax()
+    if not scale.isfinite() or scale < torch.finfo(b.dtype).tiny:
+        held["skipped_refreshes"] += 1
+        return
+    adjoint = b.layout.sum_rows(linalg.product(matrix.T, image / scale))
+    largest = adjoint.abs().amax()
+    basis = linalg.orthonormal(adjoint / torch.where(largest > 0, largest, 1.0))
+    left = linalg.orthonormal(linalg.product(matrix, basis) / scale) if b.view.full else None
+    _adopt(b, index, Bases(basis, left))
+
+
+def _adopt(b: Bucket, index: int, new: Bases) -> None:
+    """Carry the moments over to a new basis, store it, and set the next refresh."""
+    held, hyper = b.states[index], b.hyper
+    interval: float = hyper.update_proj_gap
+    if held["refreshes"] > 0:
+        change = b.basis.change(held, new)
+        carry_moments(b, held, change)
+        if hyper.lazy is not None and change.overlap() >= hyper.lazy:
+            interval = min(2 * float(held[INTERVAL]), LAZIEST * interval)
+    elif hyper.stagger:
+        interval -= b.offsets[index]
+    b.basis.store(held, new)
+    held["refreshes"] += 1
+    if hyper.lazy is not None:
+        held[INTERVAL].fill_(interval)
+    held["until_refresh"].fill_(math.inf if hyper.projector == "descend" else interval)
+
+
+def _skip(b: Bucket, index: int) -> None:
+    held = b.states[index]
+    held["skipped_refreshes"] += 1
+    if int(held["refreshes"]) == 0:
+        seed = random.mix(b.hyper.seed, b.positions[index])
+        b.basis.store(held, b.basis.arbitrary(b.view, seed, b.params[index].device))
