@@ -15,7 +15,7 @@ def main() -> None:
     try:
         sys.exit(_run())
     except UserError as error:
-        _fail(one_line(error), 1)
+        _fail(one_line(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted; a run with a checkpoint goes on with --resume", 130)
     except ModuleNotFoundError as error:

@@ -25,6 +25,9 @@ app = typer.Typer(
 OPEN_ENDED = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Out = Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/MODEL-OPTIMIZER")]
+GridNames = Annotated[str, typer.Option(help="Add the grids of bench/grids.py: all, or names such as adamw,galore.")]
+GridRank = Annotated[int | None, typer.Option(min=1, help="Rank in --optimizers.", show_default="hidden size / 4")]
+GridGap = Annotated[int | None, typer.Option(min=1, help="update_proj_gap in --optimizers.", show_default="50")]
 SaveEvery = Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 saves at the end only.")]
 
 
@@ -82,17 +85,30 @@ def pretrain(
 @app.command()
 @run_flags
 def compare(
-    entries: Annotated[list[str], typer.Argument(help='Such as adamw "galore lr=1e-2 rank=32".', metavar="ENTRY...")],
+    entries: Annotated[
+        list[str] | None, typer.Argument(help='Such as "adamw lr=1e-3|2e-3" "galore lr=1e-2 rank=32".', metavar="ENTRY")
+    ] = None,
     *,
+    optimizers: GridNames = "",
+    rank: GridRank = None,
+    gap: GridGap = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of every best point: --seed and those after it.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/compare"),
     save_every: SaveEvery = 0,
     **shared: Any,
 ) -> None:
-    """Run several optimizers, each in its own process, and write a table and a picture."""
-    config = RunConfig(**shared)
-    from .compare import compare as run
+    """Run several optimizers, every run in its own process, and write a table and a picture.
 
-    run(entries, config, out, save_every)
+    Values with | between make a grid; of its points, the one of lowest final validation loss stands for the entry.
+    """
+    config = RunConfig(**shared)
+    from .compare import Plan
+    from .compare import compare as run
+    from .grids import published
+    from .search import parse_entry
+
+    chosen = [parse_entry(text) for text in entries or []]
+    run(chosen + published(optimizers, config, rank, gap), Plan(config, out, seeds, save_every))
 
 
 @app.command("step-time")

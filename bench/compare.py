@@ -1,116 +1,107 @@
-"""Several optimizers on the same model, data, seed and budget, each in a process of its own."""
+"""Several optimizers on the same model, data and budget, each run in a process of its own."""
 
 from __future__ import annotations
 
-import re
+import math
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
 
 from .config import RunConfig
-from .errors import UserError
+from .errors import Diverged, UserError
 from .optimizers import run_options
-from .options import pairs_to_texts, parse_options
-from .report import Row, comparison_markdown, comparison_picture, comparison_table, read_curve
-from .rundir import RunFolder, write_json
+from .options import parse_options
+from .report import Row, comparison_markdown, comparison_picture, comparison_table, mean_curve, read_curve
+from .rundir import Record, RunFolder, write_json
+from .search import Entry, Outcome, Result, Run, best, expand, first_runs, labels, refuse_repeats, repeat_runs
 
-TABLE_WIDTH = 150
+TABLE_WIDTH = 160
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One optimizer of a comparison, as it was written."""
+class Plan:
+    """What the runs of a comparison have in common, and how many seeds the best points get."""
 
-    optimizer: str
-    texts: Mapping[str, str]
-
-    @property
-    def options(self) -> str:
-        """The options as text."""
-        return " ".join(f"{name}={text}" for name, text in self.texts.items())
-
-    @property
-    def folder(self) -> str:
-        """Name of the run folder inside the comparison's."""
-        return re.sub(r"[^\w.+-]+", "_", f"{self.optimizer} {self.options}".strip())
-
-    @property
-    def flags(self) -> list[str]:
-        """The options as flags of `lowmem pretrain`."""
-        return [f"--{name.replace('_', '-')}={text}" for name, text in self.texts.items()]
+    shared: RunConfig
+    out: Path
+    seeds: int = 1
+    save_every: int = 0
 
 
-def parse_entry(text: str) -> Entry:
-    """Read `"NAME option=value ..."`."""
-    words = text.split()
-    if not words or "=" in words[0]:
-        raise UserError(f'{text!r}: write "NAME option=value ...", for example "galore lr=1e-2 rank=32"')
-    return Entry(words[0], pairs_to_texts(words[1:]))
+def compare(entries: Sequence[Entry], plan: Plan) -> None:
+    """Run every point of every entry, then the best ones with more seeds; write table, picture and JSON.
 
-
-def compare(texts: Sequence[str], shared: RunConfig, out: Path, save_every: int = 0) -> None:
-    """Run every entry in its own process, then write table and picture; finished runs of `out` are reused.
+    Finished runs of `plan.out` are reused. A point whose loss is no longer finite is infinitely bad, no failure.
 
     Args:
-        texts: Entries as `"NAME option=value ..."`; the first one is the reference of the table.
-        shared: The configuration of all runs but for optimizer and options.
-        out: Folder of the comparison, with one run folder an entry.
-        save_every: Steps between the checkpoints of a run.
+        entries: The entries, whose options may be grids; the first one is the reference of the table.
+        plan: What the runs have in common.
 
     Raises:
-        UserError: If an entry cannot be read, or one of the runs failed.
+        UserError: If there is no entry, a point is there twice, or runs failed that the comparison needs.
     """
-    entries = [parse_entry(text) for text in texts]
-    if not entries or len({entry.folder for entry in entries}) < len(entries):
-        raise UserError('give every optimizer once, for example lowmem compare adamw "galore lr=1e-2 rank=32"')
-    out.mkdir(parents=True, exist_ok=True)
+    if not entries:
+        raise UserError('give an ENTRY, for example lowmem compare adamw "galore lr=1e-2|2e-2", or --optimizers all')
+    grids = [expand(entry) for entry in entries]
+    refuse_repeats(point for grid in grids for point in grid)
+    seed = plan.shared.seed
+    # The last seed must be valid before hours are spent on the first.
+    replace(plan.shared, seed=seed + plan.seeds - 1)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    points = _run_all([first_runs(grid, seed) for grid in grids], plan)
+    repeats = _run_all([repeat_runs(best(outcomes), plan.seeds) for outcomes in points], plan)
+    results = [Result(*parts) for parts in zip(entries, points, repeats, strict=True)]
+    _report(results, plan)
+    _raise_failures(results)
+
+
+def _run_all(groups: Sequence[Sequence[Run]], plan: Plan) -> list[list[Outcome]]:
     console = Console(highlight=False, soft_wrap=True)
-    failures = {}
-    for index, entry in enumerate(entries, 1):
-        console.print(f"[{index}/{len(entries)}] {entry.optimizer} {entry.options}".rstrip(), markup=False)
+    total, number = sum(map(len, groups)), count(1)
+
+    def attempt(run: Run) -> Outcome:
+        seed = f" seed {run.seed}" if run.seed != plan.shared.seed else ""
+        console.print(f"[{next(number)}/{total}] {run.point.text}{seed}", markup=False)
         try:
-            _run_entry(entry, shared, out, save_every, console)
+            return Outcome(run, _run(run, plan, console))
         except UserError as error:
-            failures[entry.folder] = str(error)
-            console.print(f"failed: {error}", markup=False)
-    _report([entry for entry in entries if entry.folder not in failures], out)
-    if failures:
-        listed = "; ".join(f"{name}: {message}" for name, message in failures.items())
-        raise UserError(f"{len(failures)} of {len(entries)} runs failed: {listed}")
+            diverged = isinstance(error, Diverged)
+            console.print(f"{'diverged' if diverged else 'failed'}: {error}", markup=False)
+            return Outcome(run, error=str(error), diverged=diverged)
+
+    return [[attempt(run) for run in group] for group in groups]
 
 
-def labels(entries: Sequence[Entry]) -> list[str]:
-    """Return short distinct labels: the name, and where it occurs twice the options that differ."""
-    counts = Counter(entry.optimizer for entry in entries)
-    found = []
-    for entry in entries:
-        namesakes = [other.texts for other in entries if other.optimizer == entry.optimizer]
-        differing = [f"{key}={text}" for key, text in entry.texts.items() if any(o.get(key) != text for o in namesakes)]
-        words = [entry.optimizer, *differing] if counts[entry.optimizer] > 1 else [entry.optimizer]
-        found.append(" ".join(words))
-    return found
-
-
-def _run_entry(entry: Entry, shared: RunConfig, out: Path, save_every: int, console: Console) -> None:
-    options = run_options(entry.optimizer)
-    config = replace(shared, optimizer=entry.optimizer, options=parse_options(entry.optimizer, options, entry.texts))
-    folder = RunFolder(out / entry.folder)
+def _run(run: Run, plan: Plan, console: Console) -> Record:
+    name = run.point.optimizer
+    options = parse_options(name, run_options(name), run.point.texts)
+    config = replace(plan.shared, seed=run.seed, optimizer=name, options=options)
+    folder = RunFolder(plan.out / run.folder)
     if folder.finished and _holds(folder, config):
         console.print(f"{folder.path} holds this run already", markup=False)
-        return
-    command = [sys.executable, "-m", "lowmem.bench", "pretrain", f"--optimizer={entry.optimizer}", *entry.flags]
-    command += [*_shared_flags(shared), f"--out={folder.path}", f"--save-every={save_every}"]
+    else:
+        _train(run, config, folder, plan.save_every)
+    summary = folder.summary()
+    if not math.isfinite(summary["val_loss"]):
+        raise Diverged(f"the validation loss is {summary['val_loss']}: lower --lr")
+    return summary
+
+
+def _train(run: Run, config: RunConfig, folder: RunFolder, save_every: int) -> None:
+    command = [sys.executable, "-m", "lowmem.bench", "pretrain", f"--optimizer={run.point.optimizer}", *run.point.flags]
+    command += [*_shared_flags(config), f"--out={folder.path}", f"--save-every={save_every}"]
     command += ["--resume"] if folder.started and not folder.finished else []
     sys.stdout.flush()
     child = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if child.returncode:
         lines = child.stderr.strip().splitlines() or [f"the process ended with {child.returncode}"]
-        raise UserError(lines[-1].removeprefix("lowmem: "))
+        kind = Diverged if child.returncode == Diverged.exit_code else UserError
+        raise kind(lines[-1].removeprefix("lowmem: "))
     sys.stderr.write(child.stderr)
 
 
@@ -121,9 +112,9 @@ def _holds(folder: RunFolder, config: RunConfig) -> bool:
     return folder.holds(identity(config, load_source(config)))
 
 
-def _shared_flags(shared: RunConfig) -> list[str]:
+def _shared_flags(config: RunConfig) -> list[str]:
     flags = []
-    for name, value in shared.to_json().items():
+    for name, value in config.to_json().items():
         flag = name.replace("_", "-")
         if name in ("optimizer", "options"):
             continue
@@ -134,20 +125,39 @@ def _shared_flags(shared: RunConfig) -> list[str]:
     return flags
 
 
-def _report(entries: Sequence[Entry], out: Path) -> None:
-    if not entries:
-        return
-    folders = [RunFolder(out / entry.folder) for entry in entries]
-    names = labels(entries)
+def _report(results: Sequence[Result], plan: Plan) -> None:
+    shown = [result for result in results if result.finished]
+    points = [result.finished[0].run.point for result in shown]
     rows = [
-        Row(name, entry.options, folder.summary()) for name, entry, folder in zip(names, entries, folders, strict=True)
+        Row(label, point.options, r.finished[0].summary, [outcome.val_loss for outcome in r.finished], plan.seeds)
+        for label, point, r in zip(labels(points), points, shown, strict=True)
     ]
-    curves = [read_curve(folder, name) for name, folder in zip(names, folders, strict=True)]
-    comparison_picture(out / "compare.png", curves, rows)
-    (out / "compare.md").write_text(comparison_markdown(rows), encoding="utf-8")
-    listed = [{"label": row.label, "folder": e.folder, **row.summary} for row, e in zip(rows, entries, strict=True)]
-    write_json(out / "compare.json", listed)
+    listed = [
+        {"label": row.label, "folder": r.finished[0].run.folder, **row.summary, **row.statistics, **r.to_json()}
+        for row, r in zip(rows, shown, strict=True)
+    ]
+    failed = [{"label": r.entry.text, **r.to_json()} for r in results if not r.finished]
+    write_json(plan.out / "compare.json", listed + failed)
+    if not rows:
+        return
+    curves = [
+        mean_curve([read_curve(RunFolder(plan.out / outcome.run.folder), row.label) for outcome in r.finished])
+        for row, r in zip(rows, shown, strict=True)
+    ]
+    comparison_picture(plan.out / "compare.png", curves, rows)
+    (plan.out / "compare.md").write_text(comparison_markdown(rows), encoding="utf-8")
     console = Console()
     table = Console(width=None if console.is_terminal else TABLE_WIDTH)
     table.print(comparison_table(rows))
-    table.print(f"picture: {out / 'compare.png'}", markup=False, highlight=False, soft_wrap=True)
+    table.print(f"picture: {plan.out / 'compare.png'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _raise_failures(results: Sequence[Result]) -> None:
+    folders: dict[str, list[str]] = {}
+    for outcome in (failure for result in results for failure in result.failures):
+        folders.setdefault(outcome.error, []).append(outcome.run.folder)
+    if folders:
+        failed = sum(map(len, folders.values()))
+        total = sum(len(result.points) + len(result.repeats) for result in results)
+        listed = "; ".join(f"{', '.join(names)}: {message}" for message, names in folders.items())
+        raise UserError(f"{failed} of {total} runs failed: {listed}")

@@ -9,6 +9,14 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Bad input; the message says what was passed, what is needed and what to write."""
 
+    exit_code = 1
+
+
+class Diverged(UserError):
+    """The loss is no longer finite; by its own exit code a comparison tells it from other failures."""
+
+    exit_code = 3
+
 
 def one_line(error: BaseException) -> str:
     """Return the message of `error` on a single line."""

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from .config import RunConfig
 from .data import load_source
-from .errors import UserError
+from .errors import Diverged
 from .job import Job, checkpoint, identity, prepare, restore
 from .measure import device_name, now, spread, versions
 from .optimizers import state_bytes
@@ -39,7 +39,8 @@ def pretrain(config: RunConfig, out: Path, session: Session) -> bool:
         Whether the run was finished, rather than stopped by `session.stop_after`.
 
     Raises:
-        UserError: If the configuration, the data or the folder is no good, or the loss is no longer finite.
+        UserError: If the configuration, the data or the folder is no good.
+        Diverged: If the loss is no longer finite.
     """
     source = load_source(config)
     folder = RunFolder(out)
@@ -91,6 +92,9 @@ def train_step(job: Job, step: int) -> Record:
         part = next_token_loss(job.model, job.source.train_batch(step, micro).to(job.device)) / config.accumulation
         part.backward()  # type: ignore[no-untyped-call]
         loss += part.detach()
+    # Before the step: a decomposition of gradients that are not finite may fail with an error of its own.
+    if not math.isfinite(loss.item()):
+        raise Diverged(f"the loss is {loss.item()} at step {step + 1}: lower --lr")
     norms = {}
     if config.grad_clip:
         norms["grad_norm"] = nn.utils.clip_grad_norm_(job.model.parameters(), config.grad_clip).item()
@@ -98,8 +102,6 @@ def train_step(job: Job, step: int) -> Record:
     job.optimizer.step()
     end = now(job.device)
     job.optimizer.zero_grad(set_to_none=True)
-    if not math.isfinite(loss.item()):
-        raise UserError(f"the loss is {loss.item()} at step {step + 1}: lower --lr")
     times = {"step_s": end - start, "optimizer_s": end - before}
     head = {"kind": "train", "step": step + 1, "tokens": (step + 1) * config.tokens_per_step}
     return {**head, "loss": loss.item(), "lr_factor": factor, **norms, **times}

@@ -78,9 +78,38 @@ def test_compare_writes_table_and_picture_and_reuses_finished_runs(small, tmp_pa
     assert second.returncode == 1
     assert second.stderr.count("\n") == 1
     assert "unknown optimizer 'galor'" in second.stderr
-    assert [row["label"] for row in json.loads((folder / "compare.json").read_text())] == [
-        row["label"] for row in listed
+    labels = [row["label"] for row in json.loads((folder / "compare.json").read_text())]
+    assert labels == [*(row["label"] for row in listed), "galor lr=1"]
+
+
+def test_compare_searches_a_grid_and_repeats_the_best_point(small, tmp_path):
+    # So large a rate diverges at once, for clipping does not bound the size of AdamW's steps.
+    command = ["compare", "adamw lr=1e-2|1e38", *small, "--warmup=0", "--seed=3", "--seeds=2", "--out=all"]
+    first = lowmem(*command, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("diverged: the loss is") == 1
+    folder = tmp_path / "all"
+    (row,) = json.loads((folder / "compare.json").read_text())
+    assert (row["label"], row["folder"], row["config"]["seed"]) == ("adamw", "adamw_lr_1e-2", 3)
+    good, lost = row["points"]
+    assert good["val_loss"] == row["val_loss"]
+    assert (lost["val_loss"], lost["diverged"]) == (None, True)
+    assert [(seed["folder"], seed["seed"]) for seed in row["seeds"]] == [
+        ("adamw_lr_1e-2", 3),
+        ("adamw_lr_1e-2_seed4", 4),
     ]
+    losses = [seed["val_loss"] for seed in row["seeds"]]
+    assert row["val_loss_mean"] == pytest.approx(sum(losses) / 2)
+    assert row["val_loss_std"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+    assert losses[0] != losses[1]
+    (line,) = (folder / "compare.md").read_text().splitlines()[2:]
+    assert "| lr=1e-2 | " in line
+    assert f"{row['val_loss_mean']:.3f} ± {row['val_loss_std']:.3f}" in line
+
+    second = lowmem(*command, cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("holds this run already") == 2
+    assert json.loads((folder / "compare.json").read_text()) == [row]
 
 
 def test_help_names_the_commands_and_needs_no_torch(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lowmem.bench.cli import main
 from lowmem.bench.config import RunConfig
+from lowmem.bench.errors import Diverged
 from lowmem.bench.pretrain import lr_factor
 
 BUDGET = ["--steps=8", "--length=16", "--batch-size=2", "--eval-every=3", "--eval-batches=2"]
@@ -144,7 +145,7 @@ def test_a_torn_checkpoint_is_one_line(small, tmp_path, monkeypatch, capfd):
 
 
 def test_divergence_is_one_line(small, monkeypatch, capfd):
-    assert run(monkeypatch, *small, "--lr=1e38", "--grad-clip=0", "--warmup=0") == 1
+    assert run(monkeypatch, *small, "--lr=1e38", "--grad-clip=0", "--warmup=0") == Diverged.exit_code
     error = capfd.readouterr().err
     assert "lower --lr" in error
     assert error.count("\n") == 1
