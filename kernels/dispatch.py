@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import moments, reference
+from . import moments, random, reference
 
 BACKENDS = ("auto", "torch")
 
@@ -25,6 +25,7 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("torch", moments.has_fused_adam, moments.adam),
         Implementation("torch", lambda _: True, reference.adam),
     ),
+    "basis": (Implementation("torch", lambda _: True, random.basis),),
 }
 
 

@@ -20,6 +20,9 @@ _LINE = 1 << 12
 
 Device = torch.device | str
 
+BASES = ("rademacher", "gaussian", "orthonormal")
+"""Kinds of random bases that `basis` makes."""
+
 
 def mix(*values: int) -> int:
     """Hash integers into one 32-bit seed (FNV-like fold of a finaliser)."""
@@ -53,13 +56,11 @@ def normal(seed: int, rows: int | range, cols: int, device: Device = "cpu") -> T
 
 def signs(seed: int, rows: int | range, cols: int, device: Device = "cpu") -> Tensor:
     """Return -1 or 1 with equal probability in fp32, shape (rows, cols), 32 columns a word."""
-    rows = _range(rows)
+    rows, table = _range(rows), _byte_signs(str(device))
     out = torch.empty((len(rows), cols), device=device)
-    shifts = torch.arange(32, device=device)
-    for part, target in _blocks(rows, out):
-        words = bits(seed, part, (cols + 31) // 32, device)
-        flat = ((words[..., None] >> shifts) & 1).flatten(1)[:, :cols]
-        target.copy_(flat).mul_(2).sub_(1)
+    for part, target in _blocks(rows, out, 8 * _BLOCK):
+        octets = bits(seed, part, (cols + 31) // 32, device).to(torch.int32).view(torch.uint8)  # lowest bits first
+        target.copy_(table.index_select(0, octets.flatten().int()).view(len(part), -1)[:, :cols])
     return out
 
 
@@ -76,6 +77,41 @@ def subset(seed: int, size: int, count: int, device: Device = "cpu") -> Tensor:
         found = _below(seed, size, 1 << 32, device)
     # One integer orders by word, then by position: 32 and 31 bits.
     return found.sort().values[:count].bitwise_and((1 << 31) - 1).sort().values
+
+
+def basis(out: Tensor, kind: str, seed: int, first: int, size: int) -> None:
+    """Write rows of a random basis P (size x r) with `E[P P^T] = I`, a function of (kind, seed, row, column).
+
+        rademacher    P_ij = +-1 / sqrt(r)
+        gaussian      P_ij ~ N(0, 1 / r)
+        orthonormal   P_ij = s_i sqrt(size / r) D_{i, S_j}: signs s, D the cosine matrix, S a random subset
+
+    Args:
+        out: Rows `first, first + 1, ...` of P, fp32; written.
+        kind: One of `BASES`.
+        seed: 32 bits.
+        first: The first row that is wanted.
+        size: Rows of the whole basis.
+    """
+    rows, rank, device = range(first, first + len(out)), out.shape[1], out.device
+    if kind == "orthonormal":
+        index = torch.arange(rows.start, rows.stop, device=device)[:, None] * 2 + 1  # (rows, 1)
+        chosen = subset(seed, size, rank).to(device)
+        angle = torch.where(chosen == 0, 4 * size, index * chosen % (4 * size))
+        torch.mul(angles(size, rank, str(device))[angle], signs(mix(seed, 1), rows, 1, device), out=out)
+    else:
+        make = signs if kind == "rademacher" else normal
+        torch.mul(make(seed, rows, rank, device), rank**-0.5, out=out)
+
+
+@lru_cache(maxsize=32)
+def angles(size: int, rank: int, device: str) -> Tensor:
+    """Entries of `sqrt(size / rank) D` by angle, (4 size + 1,) fp32: `sqrt(2 / rank) cos(pi k / (2 size))`.
+
+    The last one is that of the constant column.
+    """
+    table = torch.cos(torch.arange(4 * size, dtype=torch.float64) * (math.pi / (2 * size))) * math.sqrt(2 / rank)
+    return torch.cat([table, torch.tensor([rank**-0.5], dtype=torch.float64)]).float().to(device)
 
 
 def cosines(size: int, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
@@ -101,22 +137,29 @@ def quantiles(device: str = "cpu") -> Tensor:
     return (table / table.square().mean().sqrt()).float().to(device)
 
 
+@lru_cache(maxsize=8)
+def _byte_signs(device: str) -> Tensor:
+    """The eight signs of every byte, (256, 8)."""
+    octets = torch.arange(256)[:, None] >> torch.arange(8)
+    return (2.0 * (octets & 1) - 1.0).to(device)
+
+
 def _range(rows: int | range) -> range:
     return range(rows) if isinstance(rows, int) else rows
 
 
-def _blocks(rows: range, out: Tensor) -> list[tuple[range, Tensor]]:
-    """Cut into blocks of rows: the integers take several times the room of their result."""
-    size = max(1, _BLOCK // max(out.shape[1], 1))
+def _blocks(rows: range, out: Tensor, elements: int = _BLOCK) -> list[tuple[range, Tensor]]:
+    """Cut into blocks of rows: the integers may take several times the room of their result."""
+    size = max(1, elements // max(out.shape[1], 1))
     firsts = range(0, len(rows), size)
     return [(rows[first : first + size], out[first : first + size]) for first in firsts]
 
 
 def _below(seed: int, size: int, limit: int, device: Device) -> Tensor:
     found = []
-    lines = 256
-    for first in range(0, -(-size // _LINE), lines):
-        words = bits(seed, range(first, first + lines), _LINE, device).view(-1)
+    lines, last = 256, -(-size // _LINE)
+    for first in range(0, last, lines):
+        words = bits(seed, range(first, min(first + lines, last)), _LINE, device).view(-1)
         words = words[: size - first * _LINE]
         position = (words < limit).nonzero()[:, 0]
         found.append((words[position] << 31) | (position + first * _LINE))

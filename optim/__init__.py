@@ -2,6 +2,7 @@
 
 from .adafactor import Adafactor
 from .fira import Fira
+from .flora import Flora
 from .galore import GaLore
 from .online_subspace import OnlineSubspaceDescent
 from .params import param_groups
@@ -11,6 +12,7 @@ __all__ = [
     "Adafactor",
     "Fira",
     "FiraAdamW",
+    "Flora",
     "GaLore",
     "GaLoreAdafactor",
     "GaLoreAdamW",

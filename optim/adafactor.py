@@ -215,31 +215,15 @@ class Adafactor(Lifecycle):
                 update = moment
         if o.momentum_on == "update":
             update.mul_(alpha)
-        weight = param.to(work)
-        if o.weight_decay:
-            weight.mul_(1 - o.weight_decay * {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by])
-        weight.sub_(update)
-        if weight is not param:
-            param.copy_(weight)
+        rate = {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by]
+        factored.descend_(param, update, 1 - o.weight_decay * rate if o.weight_decay else 1.0)
 
     def _validate(self, group: dict[str, Any]) -> None:
-        if group["lr"] is None:
-            raise ValueError(
-                "Invalid learning rate: None in a group; give a number, or lr=None to the constructor alone"
-            )
-        check_adam(group)
         check_choices(group, CHOICES)
-        beta1, d, eps, smallest = (group[k] for k in ("beta1", "clip_threshold", "eps", "min_dim_size_to_factor"))
-        if not isinstance(eps, (tuple, list)) or len(eps) != 2 or eps[1] is None:
-            raise ValueError(f"Invalid eps: {eps}; need the pair (eps1 or None, eps2), as (1e-30, 1e-3)")
+        check_update(group)
+        smallest = group["min_dim_size_to_factor"]
         if not isinstance(smallest, int) or smallest < 0:
             raise ValueError(f"Invalid min_dim_size_to_factor: {smallest}; need an integer of at least 0")
-        if beta1 is not None and not 0.0 <= beta1 < 1.0:
-            raise ValueError(f"Invalid beta1: {beta1}; need 0 <= beta1 < 1, or None for no momentum")
-        if not group["beta2_decay"] <= 0.0:
-            raise ValueError(f"Invalid beta2_decay: {group['beta2_decay']}; need an exponent of at most 0, as -0.8")
-        if d is not None and not d > 0.0:
-            raise ValueError(f"Invalid clip_threshold: {d}; need a positive number, or None to not clip")
         if group["warmup_init"] and not group["relative_step"]:
             raise ValueError("warmup_init=True needs relative_step=True: leave out lr, or warmup_init")
 
@@ -254,6 +238,22 @@ class Adafactor(Lifecycle):
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         return specs(param, self._hyper(group))
+
+
+def check_update(group: dict[str, Any]) -> None:
+    """Validate what all optimizers with Adafactor's update share."""
+    if group["lr"] is None:
+        raise ValueError("Invalid learning rate: None in a group; give a number, or lr=None to the constructor alone")
+    check_adam(group)
+    beta1, d, eps = (group[name] for name in ("beta1", "clip_threshold", "eps"))
+    if not isinstance(eps, (tuple, list)) or len(eps) != 2 or eps[1] is None:
+        raise ValueError(f"Invalid eps: {eps}; need the pair (eps1 or None, eps2), as (1e-30, 1e-3)")
+    if beta1 is not None and not 0.0 <= beta1 < 1.0:
+        raise ValueError(f"Invalid beta1: {beta1}; need 0 <= beta1 < 1, or None for no momentum")
+    if not group["beta2_decay"] <= 0.0:
+        raise ValueError(f"Invalid beta2_decay: {group['beta2_decay']}; need an exponent of at most 0, as -0.8")
+    if d is not None and not d > 0.0:
+        raise ValueError(f"Invalid clip_threshold: {d}; need a positive number, or None to not clip")
 
 
 def step_size(param: Tensor, t: int, o: Options) -> float | Tensor:

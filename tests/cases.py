@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 from lowmem import optim
+from lowmem.kernels.random import mix
+from lowmem.optim.core.seeded import DISTRIBUTIONS, SeededBasis
 from torch import Tensor
 
 from tests.reference.fira import fira_step
+from tests.reference.flora import flora_step
 from tests.reference.galore import galore_step
 from tests.reference.online_subspace import osd_step
 
@@ -148,4 +151,48 @@ def online_cases() -> Iterator[Case]:
             )
 
 
-CASES = [*default_cases(), *official_cases(), *fira_cases(), *online_cases()]
+def flora_options() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Decay rates, windows and kinds of bases that the smallest matrix of the table allows, and the other switches."""
+    for kappa, beta1, distribution in product((1, 4, 8), (0.3, 0.5, 0.9), DISTRIBUTIONS):
+        if (kappa, beta1) in ((1, 0.3), (4, 0.5), (8, 0.9)):
+            yield f"{distribution}-T{kappa}-b{beta1}", {"kappa": kappa, "beta1": beta1, "distribution": distribution}
+    yield "no-momentum", {"beta1": None}
+    yield "relative", {"relative_step": True, "scale_parameter": False}
+    yield "no-clip", {"clip": None, "eps": (1e-20, 1e-2), "beta2_decay": -0.5}
+    yield "decay", {"weight_decay": 0.1, "scale_parameter": False}
+
+
+def flora_cases() -> Iterator[Case]:
+    """Flora: every shape, distributions, windows and switches, in our bases."""
+    for (name, shape), (label, options) in product(SHAPES.items(), flora_options()):
+        if label == "no-momentum" and len(shape) > 2:
+            continue  # Adafactor sees these as a batch of matrices
+        options = {"kappa": 14, "distribution": "gaussian", **options}
+        distribution, kappa = options.pop("distribution"), options.pop("kappa")
+        clip = {"clip_threshold": options["clip"]} if "clip" in options else {}
+
+        def build(groups: Any, *, kappa: int = kappa, **given: Any) -> torch.optim.Optimizer:
+            return optim.Flora([{**group, "update_proj_gap": kappa} for group in groups], **given)
+
+        def basis(window: int, rank: int, size: int, *, distribution: str = distribution) -> Tensor:
+            return SeededBasis(distribution, mix(0, 0, window), size, rank).matrix(torch.float64).T
+
+        ours = {key: value for key, value in options.items() if key != "clip"} | clip
+        yield Case(
+            f"flora-{name}-{label}",
+            build,
+            {**ours, "distribution": distribution},
+            {**options, "kappa": kappa, "basis_fn": basis},
+            shape,
+            follow=follow_flora,
+        )
+
+
+def follow_flora(weight: Tensor, grad: Tensor, state: dict[str, Any], *, gap: int, **options: Any) -> None:
+    """The reference on the matrix view, where the case says how long a window is."""
+    clip = options.pop("clip", 1.0)
+    clip = float("inf") if clip is None else clip
+    flora_step(weight.view(len(weight), -1), grad.view(len(grad), -1), state, clip=clip, **options)
+
+
+CASES = [*default_cases(), *official_cases(), *fira_cases(), *online_cases(), *flora_cases()]

@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem.optim import Adafactor, Fira, GaLore, GaLoreAdafactor, GaLoreAdamW, OnlineSubspaceDescent, param_groups
+from lowmem.optim import (
+    Adafactor,
+    Fira,
+    Flora,
+    GaLore,
+    GaLoreAdafactor,
+    GaLoreAdamW,
+    OnlineSubspaceDescent,
+    param_groups,
+)
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from torch.optim import lr_scheduler
@@ -28,9 +37,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "galore_adafactor": lambda params, **options: GaLoreAdafactor(params, **{"rank": 3, "lr": 1e-3, **options}),
     "fira": lambda params, **options: Fira(params, **{"rank": 3, **options}),
     "online": lambda params, **options: OnlineSubspaceDescent(params, **{"rank": 3, **options}),
+    "flora": lambda params, **options: Flora(params, **{"rank": 3, "lr": 1e-3, **options}),
     "adafactor": lambda params, **options: Adafactor(params, **{"lr": 1e-3, **options}),
 }
-SUBSPACE = ("galore", "galore_adamw", "galore_adafactor", "fira", "online")
+SUBSPACE = ("galore", "galore_adamw", "galore_adafactor", "fira", "online", "flora")
 every = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
@@ -501,7 +511,7 @@ def test_schedulers_move_us_as_they_move_torch_adamw(schedule: str, tensor: bool
     assert_equal(*finals)
 
 
-@pytest.mark.parametrize("name", ["galore", "galore_adamw", "galore_adafactor", "adafactor"])
+@pytest.mark.parametrize("name", ["galore", "galore_adamw", "galore_adafactor", "flora", "adafactor"])
 @pytest.mark.parametrize("schedule", ["lambda", "cosine", "one-cycle"])
 def test_a_scheduled_rate_takes_effect(name: str, schedule: str) -> None:
     optimizer, params = make(name)

@@ -16,13 +16,14 @@ from .codec import STATE_DTYPES
 from .descend import BASIS_RULES
 from .projector import PROJECTORS, Projector
 from .rules import RULES
-from .view import SIDES
+from .view import SIDES, rank_of
 
 ALIASES = {
     "alpha": "scale",
     "update_gap": "update_proj_gap",
     "projection_type": "proj_type",
     "proj_side": "proj_type",
+    "kappa": "update_proj_gap",
 }
 """Names of the neighbours for our options, accepted in parameter groups."""
 
@@ -117,9 +118,7 @@ class Hyper:
 
     def rank_for(self, shape: tuple[int, int]) -> int | None:
         """Rank of a matrix of this shape, or None where the group is plain."""
-        if self.density is not None:
-            return max(1, round(self.density * min(shape)))
-        return self.rank
+        return rank_of(shape, self.rank, self.density)
 
 
 def scalar(value: Any) -> Any:
@@ -192,6 +191,16 @@ def check_subspace(group: Mapping[str, Any]) -> None:
     """
     check_adam(group)
     check_choices(group, CHOICES)
+    check_rank(group)
+    if not 0.0 < group["scale"] < float("inf"):
+        raise ValueError(f"Invalid scale: {group['scale']}; need a positive number")
+    _check_projector(group)
+    if group.get("dim", 2) != 2:
+        raise ValueError(f"Invalid dim: {group['dim']}; drop the key, more dimensions are viewed as a matrix")
+
+
+def check_rank(group: Mapping[str, Any]) -> None:
+    """Validate the size of a subspace and the time that it lasts."""
     _check_positive_int("rank", group.get("rank"), optional=True)
     _check_positive_int("update_proj_gap", group["update_proj_gap"])
     density = group.get("density")
@@ -199,11 +208,6 @@ def check_subspace(group: Mapping[str, Any]) -> None:
         raise ValueError(f"Invalid density: {density}; need 0 < density <= 1, the rank as a share of the smaller side")
     if density is not None and group.get("rank") is not None:
         raise ValueError(f"rank={group['rank']} and density={density} contradict each other: keep one of them")
-    if not 0.0 < group["scale"] < float("inf"):
-        raise ValueError(f"Invalid scale: {group['scale']}; need a positive number")
-    _check_projector(group)
-    if group.get("dim", 2) != 2:
-        raise ValueError(f"Invalid dim: {group['dim']}; drop the key, more dimensions are viewed as a matrix")
 
 
 def _check_projector(group: Mapping[str, Any]) -> None:

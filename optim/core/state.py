@@ -26,7 +26,7 @@ AGE = "age"
 
 def is_counter(name: str) -> bool:
     """Tell a count from state that costs memory."""
-    return name in COUNTERS or name == INTERVAL or name.endswith("_step")
+    return name in COUNTERS or name == INTERVAL or name.endswith(("_step", "_key"))
 
 
 def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spec]:

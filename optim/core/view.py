@@ -79,6 +79,11 @@ class MatrixView:
         return matrix.T if self.transposed else matrix
 
 
+def rank_of(shape: tuple[int, int], rank: int | None, density: float | None) -> int | None:
+    """Rank of a matrix where a group gives it, or gives it as a share of the smaller side; None is plain."""
+    return rank if density is None else max(1, round(density * min(shape)))
+
+
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Return (first dimension, product of the rest) of a weight of at least two dimensions."""
     rest = 1

@@ -1,0 +1,248 @@
+"""Flora: low-rank adapters are secretly gradient compressors (arXiv 2402.03293)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..kernels import BACKENDS
+from . import adafactor
+from .core import codec, factored
+from .core.bucket import Bucket
+from .core.hyper import check_choices, check_rank, scalar
+from .core.lifecycle import Lifecycle
+from .core.seeded import DISTRIBUTIONS, SeededBasis, shortest_window
+from .core.spec import Spec, counter
+from .core.view import SIDES, MatrixView, matrix_shape, rank_of
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "distribution": DISTRIBUTIONS,
+    "proj_type": tuple(side for side in SIDES if side != "full"),
+    "state_dtype": codec.STATE_DTYPES,
+    "backend": BACKENDS,
+}
+
+FIXED = {"momentum_on": "update", "decay_by": "alpha", "eps_mode": "square", "warmup_init": False}
+FIXED |= {"factor_dims": "last2", "min_dim_size_to_factor": 0}
+"""Options of Adafactor that Flora does not leave open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options(adafactor.Options):
+    """Live options of one group, documented by `Flora`."""
+
+    rank: int | None
+    density: float | None
+    update_proj_gap: int
+    distribution: str
+    proj_type: str
+    seed: int
+    backend: str
+
+
+class Flora(Lifecycle):
+    """Flora: Adafactor whose momentum is compressed by random bases that are never stored.
+
+    For a weight W (m x n) with gradient G, oriented so that the smaller side is projected from the right:
+
+        U_t     = G_t / sqrt(V_t), V_t factored as in Adafactor              (a, b)
+        P_t     = random(seed, parameter, floor(t / T)), E[P P^T] = I        (b, r)
+        Ubar_t  = (1 - b1) U_t + b1 C_{t-1} P_{t-1}^T                        (a, b)
+        C_t     = b1 C_{t-1} (P_{t-1}^T P_t) + (1 - b1) U_t P_t              (a, r)
+        alpha_t = max(eps2, rms(W_{t-1})) lr
+        W_t     = (1 - alpha_t wd) W_{t-1} - alpha_t Ubar_t / max(1, rms(Ubar_t) / d)
+
+    Only the history is compressed, the current gradient counts in full. Within a window of T steps C keeps its basis
+    and the factor P_{t-1}^T P_t is left out. State of a matrix: `max(m,n) r + m + n` elements.
+
+    Args:
+        params: Parameters, groups or (name, parameter) pairs; `kappa` (the paper's T) and `density` are accepted in
+            groups too.
+        lr: Learning rate, a number or a 1-element tensor; None takes Adafactor's relative step, capped at 1e-2.
+        beta1: b1, decay rate of the momentum; None has none, which is Adafactor.
+        beta2_decay: Exponent of the decay rate of the second moment, 1 - t^beta2_decay.
+        eps: eps1 added to the squared gradient, and eps2, the smallest parameter scale.
+        clip_threshold: d, the largest root mean square of an update; None does not clip.
+        weight_decay: Decoupled, by `alpha_t weight_decay`.
+        rank: r. If any group names a rank, groups that do not are plain; otherwise it applies to every weight of at
+            least two dimensions (viewed as first x rest) whose smaller side exceeds it. Plain is the same with P = I.
+        update_proj_gap: Steps T of a window. A change of basis adds noise, which short windows would pile up.
+        distribution: "rademacher" (least noise of independent entries), "gaussian" (the paper) or "orthonormal".
+        proj_type: Side that is projected: "std" (the smaller), "reverse_std", "left" or "right".
+        relative_step: Learning rate min(lr, 1/sqrt(t)); None means: where no `lr` is given.
+        scale_parameter: Multiply the learning rate by max(eps2, rms(W)).
+        state_dtype: Dtype of the momentum: "float32" (fp64 for fp64 parameters), "bfloat16", "parameter", ...
+        seed: Seed of the bases, which are a function of it, of parameter order and of step.
+        maximize: Ascend instead of descend.
+        backend: "auto", or the only kernel backend to make bases with.
+
+    Raises:
+        ValueError: An option is out of range, or windows are so short that the momentum would grow without bound,
+            `b1^T sqrt((b + r - 1) / r) >= 1` (rademacher).
+
+    Differences from the authors' code: defaults compress (there none is the default); bases are the same on every
+    device and after a resume; a change of basis costs r x r instead of m x n; all shapes and aspect ratios are
+    compressed; a gradient that is not finite counts as zero instead of destroying the state.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor | None = None,
+        beta1: float | None = 0.9,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (1e-30, 1e-3),
+        clip_threshold: float | None = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        rank: int | None = 128,
+        update_proj_gap: int = 1000,
+        distribution: str = "rademacher",
+        proj_type: str = "std",
+        relative_step: bool | None = None,
+        scale_parameter: bool = True,
+        state_dtype: str | torch.dtype = "float32",
+        seed: int = 0,
+        maximize: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        relative = lr is None if relative_step is None else relative_step
+        if lr is None and not relative:
+            raise ValueError("lr=None needs relative_step=True: pass a learning rate, or leave relative_step out")
+        step = {"lr": 1e-2 if lr is None else lr, "relative_step": relative, "scale_parameter": scale_parameter}
+        update = {"beta1": beta1, "beta2_decay": beta2_decay, "eps": eps, "clip_threshold": clip_threshold}
+        subspace = {"rank": rank, "update_proj_gap": update_proj_gap, "distribution": distribution, "seed": seed}
+        storage = {"proj_type": proj_type, "state_dtype": state_dtype, "backend": backend}
+        storage |= {"weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, step | update | subspace | storage)
+
+    def update(self, b: Bucket) -> None:
+        """One step of Flora on a bucket of same-shape matrices."""
+        o = self._hyper(self.param_groups[b.plan.group])
+        beta1 = o.beta1 or 0.0
+        for index, held in enumerate(b.states):
+            whole = whiten(b, index, o)  # U_t = G_t / sqrt(V_t)                                      (m, n)
+            update = b.view.orient(whole)  #                                                          (a, b)
+            old, new = bases(b, index, o)  # P_{t-1}, P_t                                             (b, r)
+            low = update @ new  # U_t P_t                                                             (a, r)
+            moment = codec.load(held["exp_avg"], b.dtype)  # C_{t-1}                                  (a, r)
+            update.addmm_(moment, old.T, beta=1 - beta1, alpha=beta1)  # (1-b1) U_t + b1 C_{t-1} P_{t-1}^T
+            if old is not new:
+                moment = moment @ (old.T @ new)  # C_{t-1} P_{t-1}^T P_t                              (a, r)
+            held["exp_avg"].copy_(torch.lerp(moment, low, 1 - beta1))  # C_t
+            move(b, index, whole, o)  # W <- (1 - alpha wd) W - alpha clip(Ubar)
+
+    def plain(self, b: Bucket) -> None:
+        """The same with P = I."""
+        o = self._hyper(self.param_groups[b.plan.group])
+        for index, held in enumerate(b.states):
+            update = whiten(b, index, o)
+            if o.beta1 is not None:
+                moment = codec.load(held["exp_avg"], b.dtype)
+                update = torch.lerp(moment, update, 1 - o.beta1)
+                held["exp_avg"].copy_(update)
+            move(b, index, update, o)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, see `Lifecycle.add_param_group`; windows that are too short for a matrix are refused."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for param in group["params"]:
+                self._view(param, group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        check_choices(group, CHOICES)
+        adafactor.check_update(group)
+        if isinstance(group["rank"], str):
+            raise ValueError(f"rank={group['rank']!r} is not for random bases: pass a number, as rank=128")
+        check_rank(group)
+
+    def _hyper(self, group: dict[str, Any]) -> Options:
+        values = {"density": None, "momentum_dtype": group["state_dtype"], **group, **FIXED}
+        return Options(**{field.name: scalar(values[field.name]) for field in fields(Options)})
+
+    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        names = ("rank", "density", "proj_type", "beta1", "update_proj_gap", "distribution")
+        return tuple(group.get(name) for name in names)
+
+    def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
+        o = self._hyper(group)
+        shape = matrix_shape(param.shape) if param.ndim >= 2 else (0, 0)
+        rank = rank_of(shape, o.rank, o.density)
+        if o.beta1 is None or rank is None or rank >= min(shape):
+            return None
+        view = MatrixView.of(param.shape, rank, o.proj_type)
+        least = shortest_window(o.distribution, view.b, rank, o.beta1)
+        if o.update_proj_gap < least:
+            raise ValueError(
+                f"update_proj_gap={o.update_proj_gap}: a {o.distribution} basis of rank {rank} that changes so often "
+                f"makes the momentum of a {tuple(param.shape)} parameter grow without bound (beta1={o.beta1}); pass "
+                f"update_proj_gap={least} or more, or a larger rank"
+            )
+        return view
+
+    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
+        o = self._hyper(group)
+        if view is None:
+            return adafactor.specs(param, o)
+        work, storage = codec.work_dtype(param.dtype), codec.storage_dtype(param.dtype, o.momentum_dtype)
+        return {
+            "step": counter(),
+            "basis_key": Spec((), torch.int64, torch.device("cpu")),
+            "exp_avg_sq_row": Spec((view.m,), work, param.device),
+            "exp_avg_sq_col": Spec((view.n,), work, param.device),
+            "exp_avg": Spec(view.low_shape, storage, param.device),
+        }
+
+
+def whiten(b: Bucket, index: int, o: Options) -> Tensor:
+    """Count the step and return `U = G / sqrt(V)`, (m, n) or the shape of a plain parameter.
+
+    A gradient that is not finite, or whose squares overflow, counts as zero and leaves V as it is.
+    """
+    held, grad = b.states[index], b.grads[index].to(b.dtype)
+    if b.plan.view is not None:
+        grad = grad.reshape(b.view.m, b.view.n)
+    held["step"] += 1
+    names = [name for name in held if name.startswith("exp_avg_sq")]
+    before = [held[name].clone() for name in names]
+    update = adafactor.precondition(grad, held, int(held["step"]), o, o.eps1(b.params[index].dtype))
+    sums = torch.stack([update.sum(), *(held[name].sum() for name in names)])
+    fine = sums.isfinite().all()
+    if fine.device.type != "cpu" or not fine:  # asking a GPU would synchronise
+        for name, old in zip(names, before, strict=True):
+            held[name].copy_(torch.where(fine, held[name], old))
+        update.masked_fill_(~fine, 0.0)
+    return update.neg_() if o.maximize else update
+
+
+def bases(b: Bucket, index: int, o: Options) -> tuple[Tensor, Tensor]:
+    """The basis in which the momentum is written (P_{t-1}) and that of this step (P_t): one tensor within a window.
+
+    The state keeps the key of the basis, so that the momentum is read as it was written whatever becomes of the
+    options.
+    """
+    held, device = b.states[index], b.params[index].device
+    window = int(held["step"]) // o.update_proj_gap
+    source = SeededBasis.of(b.view, o.distribution, o.seed, b.positions[index], window)
+    new, key = source.matrix(b.dtype, device, o.backend), int(held["basis_key"])
+    held["basis_key"].fill_(source.key)
+    if key in (source.key, 0):
+        return new, new
+    return source.of_key(key).matrix(b.dtype, device, o.backend), new
+
+
+def move(b: Bucket, index: int, update: Tensor, o: Options) -> None:
+    """Clip Ubar, `W <- (1 - alpha wd) W - alpha Ubar`."""
+    param = b.params[index]
+    alpha = adafactor.step_size(param, int(b.states[index]["step"]), o)
+    factored.clip_(update, o.clip_threshold).mul_(alpha)
+    factored.descend_(param, update.reshape(param.shape), 1 - o.weight_decay * alpha if o.weight_decay else 1.0)
