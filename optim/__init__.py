@@ -4,6 +4,7 @@ from .adafactor import Adafactor
 from .fira import Fira
 from .flora import Flora
 from .galore import GaLore
+from .galore_plus import GaLorePlus
 from .online_subspace import OnlineSubspaceDescent
 from .params import param_groups
 from .presets import FiraAdamW, GaLoreAdafactor, GaLoreAdamW
@@ -16,6 +17,7 @@ __all__ = [
     "GaLore",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GaLorePlus",
     "OnlineSubspaceDescent",
     "param_groups",
 ]

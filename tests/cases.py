@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from tests.reference.fira import fira_step
 from tests.reference.flora import flora_step
 from tests.reference.galore import galore_step
+from tests.reference.galore_plus import galore_plus_step
 from tests.reference.online_subspace import osd_step
 
 SHAPES = {"tall": (24, 15), "wide": (13, 28), "square": (16, 16), "conv": (10, 4, 3, 3), "stack": (6, 8, 9)}
@@ -195,4 +196,41 @@ def follow_flora(weight: Tensor, grad: Tensor, state: dict[str, Any], *, gap: in
     flora_step(weight.view(len(weight), -1), grad.view(len(grad), -1), state, clip=clip, **options)
 
 
-CASES = [*default_cases(), *official_cases(), *fira_cases(), *online_cases(), *flora_cases()]
+def cycled(refresh: int, heads: int, *, dk: int) -> list[int]:
+    """The heads that `head_select="cycle"` takes: as many at a refresh as have RANK rows."""
+    taken = -(-RANK // dk)
+    return sorted((refresh * taken + position) % heads for position in range(taken))
+
+
+def galore_plus_cases() -> Iterator[Case]:
+    """GaLore+: both residuals through the warm-up and three refreshes, ordinary, shared, stacked and fused heads."""
+    heads: dict[str, tuple[tuple[int, int], int | None, list[tuple[int, int | None]] | None]] = {
+        "tall": ((24, 15), None, None),
+        "wide": ((13, 28), None, None),
+        "square": ((16, 16), None, None),
+        "heads": ((20, 15), 4, [(20, 4)]),
+        "heads-wide": ((18, 28), 3, [(18, 3)]),
+        "heads-stacked": ((24, 24), 8, [(24, 8)]),
+        "heads-one": ((12, 20), 1, [(12, 1)]),
+        "fused": ((30, 16), None, [(12, 2), (6, 1), (12, None)]),
+    }
+    for (name, (shape, count, ranges)), residual in product(heads.items(), ("exact", "additive", None)):
+        for carry, density, warmup in (("rotate", 0.1, 3), ("rotate", 0.05, 20), ("reset", 0.1, 2), ("rotate", 1.0, 5)):
+            if residual is None and (density, warmup) != (0.1, 3):
+                continue
+            shared = {"betas": (0.9, 0.99), "weight_decay": 0.1, "scale": 0.25, "carry": carry, "residual": residual}
+            own = {"residual_density": density, "residual_warmup": warmup}
+            own |= {"num_heads": count or ranges, "head_select": "cycle"} if ranges else {"projector": "svd"}
+            dk = shape[0] // count if count else 6
+            yield Case(
+                f"galore-plus-{name}-{residual}-{carry}-{density}-{warmup}",
+                optim.GaLorePlus,
+                {**shared, **own},
+                {**shared, "density": density, "warmup": warmup, "ranges": ranges, "pick": partial(cycled, dk=dk)},
+                shape,
+                tolerance=1e-8 if ranges and residual == "additive" else 1e-9,  # Adam blows up what the sketch rounds
+                follow=galore_plus_step,
+            )
+
+
+CASES = [*default_cases(), *official_cases(), *fira_cases(), *online_cases(), *flora_cases(), *galore_plus_cases()]

@@ -198,6 +198,10 @@ class Dense(Basis):
             direction = held["basis_left"].to(step.gemm) @ direction  # (a, r)
         _addmm_(weight, direction, held["basis"].to(step.gemm), step)
 
+    def across(self, held: State, rows: Tensor, cols: Tensor) -> Tensor:
+        """The rows of P (k, r) that meet the entries (rows, cols) of A in `R P^T`."""
+        return held["basis"][cols]
+
 
 class Index(Basis):
     """A choice of r coordinates of the projected side: nothing is multiplied."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,8 @@ class Bucket:
     """R where the refresh of this step has it at hand."""
     fresh: list[bool]
     """Whether the basis was found in this step."""
+    usable: list[Tensor] = field(default_factory=list)
+    """Whether R was finite, 0-d each, known once it is made."""
 
     @property
     def view(self) -> MatrixView:
@@ -88,7 +90,7 @@ class Bucket:
     @property
     def basis(self) -> Basis:
         """How the bases are kept and multiplied."""
-        return self.hyper.chooses.basis
+        return self.hyper.basis
 
     @property
     def rule(self) -> Rule:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ...kernels import BACKENDS
-from .basis import DENSE
+from .basis import DENSE, Basis
 from .codec import STATE_DTYPES
+from .cross_head import Heads, Segments, check_heads, frozen
 from .descend import BASIS_RULES
 from .projector import PROJECTORS, Projector
 from .rules import RULES
@@ -84,6 +85,8 @@ class Hyper:
     proj_betas: tuple[float, float] | None = None
     proj_weight_decay: float = 0.0
     ortho: float = 0.1
+    num_heads: Heads | None = None
+    head_select: str = "random"
 
     @classmethod
     def of(cls, group: Mapping[str, Any]) -> Hyper:
@@ -93,6 +96,7 @@ class Hyper:
         values["carry"] = values["carry"] or ("keep" if official else "rotate")
         values["state_dtype"] = values["state_dtype"] or ("parameter" if official else "float32")
         values["betas"] = tuple(values["betas"])
+        values["num_heads"] = frozen(values.get("num_heads"))
         values["eps"] = tuple(values["eps"]) if isinstance(values["eps"], list) else values["eps"]
         return cls(**values)
 
@@ -107,6 +111,11 @@ class Hyper:
         return PROJECTORS[self.projector]
 
     @property
+    def basis(self) -> Basis:
+        """How the basis is kept: the projector's way, for a fused weight one for every range of rows."""
+        return Segments.of(self.num_heads) if isinstance(self.num_heads, tuple) else self.chooses.basis
+
+    @property
     def side(self) -> str:
         """The projected side: the projector's own, or what the group says."""
         return self.chooses.side or self.proj_type
@@ -114,7 +123,7 @@ class Hyper:
     @property
     def counts_coordinates(self) -> bool:
         """Coordinates that stay keep their own age at a refresh, which Adam's bias correction needs."""
-        return self.rule == "adamw" and self.carry == "rotate" and self.chooses.basis.counted
+        return self.rule == "adamw" and self.carry == "rotate" and self.basis.counted
 
     def rank_for(self, shape: tuple[int, int]) -> int | None:
         """Rank of a matrix of this shape, or None where the group is plain."""
@@ -219,6 +228,7 @@ def _check_projector(group: Mapping[str, Any]) -> None:
             f"proj_type='full' needs two dense bases, projector={group['projector']!r} has none: choose "
             "proj_type='std', or projector='sketch', 'svd', 'track' or 'random'"
         )
+    check_heads(group)
     if lazy is not None and not 0.0 <= lazy <= 1.0:
         raise ValueError(f"Invalid lazy: {lazy}; need an overlap between 0 and 1, or None")
     if lazy is not None and group["projector"] == "descend":

@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 from . import state
 from .bucket import Bucket, Plan
 from .checkpoint import STRUCTURAL, merged_groups, restore
+from .cross_head import check_rows
 from .hyper import Hyper, check_subspace, normalise
 from .plain import plain_
 from .planning import make_plans
@@ -93,13 +94,22 @@ class Lifecycle(Optimizer):
         if "density" in param_group:
             param_group.setdefault("rank", None)
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
-            if param.is_complex():
-                self.param_groups.pop()
-                raise TypeError(
-                    f"{type(self).__name__} does not support complex parameters, got {param.dtype}: optimize "
-                    "torch.view_as_real(parameter) instead"
-                )
+        try:
+            for param in self.param_groups[-1]["params"]:
+                self._admit(param, self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _admit(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Refuse a parameter that cannot be in its group."""
+        if param.is_complex():
+            raise TypeError(
+                f"{type(self).__name__} does not support complex parameters, got {param.dtype}: optimize "
+                "torch.view_as_real(parameter) instead"
+            )
+        if group.get("num_heads") is not None:
+            self._view(param, group)
 
     def _planned(self) -> list[Plan]:
         """The buckets of all groups, rebuilt when parameters are other objects or a group changes its structure."""
@@ -112,7 +122,7 @@ class Lifecycle(Optimizer):
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What decides which state the parameters of a group have."""
-        options = (*STRUCTURAL, "projector", "lazy", "carry", "proj_rule")
+        options = (*STRUCTURAL, "projector", "lazy", "carry", "proj_rule", "num_heads")
         return (*(group.get(name) for name in options), group["betas"][0] > 0)
 
     def _described(self) -> dict[Tensor, dict[str, Spec]]:
@@ -135,6 +145,8 @@ class Lifecycle(Optimizer):
         rank = hyper.rank_for(shape)
         if rank is None or (rank >= min(shape) and not hyper.official):
             return None
+        if hyper.num_heads is not None:
+            check_rows(shape, hyper.num_heads, rank)
         return MatrixView.of(param.shape, rank, hyper.side)
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -30,6 +32,8 @@ class SubspaceOptimizer(Lifecycle):
         state_dtype: str | torch.dtype | None = None,
         gemm_dtype: str | torch.dtype = "auto",
         rounding: str = "nearest",
+        num_heads: int | Sequence[tuple[int, int | None]] | None = None,
+        head_select: str = "random",
         lazy: float | None = None,
         stagger: bool = False,
         seed: int = 0,
@@ -41,8 +45,8 @@ class SubspaceOptimizer(Lifecycle):
     ) -> None:
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule}
         subspace = {"rank": rank, "scale": scale, "proj_type": proj_type, "carry": carry}
-        schedule = {"projector": projector, "update_proj_gap": update_proj_gap, "stagger": stagger, "seed": seed}
-        schedule["lazy"] = lazy
+        schedule = {"update_proj_gap": update_proj_gap, "stagger": stagger, "lazy": lazy}
+        search = {"projector": projector, "seed": seed, "num_heads": num_heads, "head_select": head_select}
         numerics = {"state_dtype": state_dtype, "gemm_dtype": gemm_dtype, "rounding": rounding, "backend": backend}
         torch_form = {"maximize": maximize, "foreach": foreach, "fused": fused}
-        super().__init__(params, adam | subspace | schedule | numerics | torch_form | {"compat": compat})
+        super().__init__(params, adam | subspace | schedule | search | numerics | torch_form | {"compat": compat})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from ...kernels import random
 from . import linalg
 from .basis import COSINE, DENSE, INDEX, Bases, Basis
+from .cross_head import cross_head
 from .descend import DESCENDING
 from .layout import Layout
 from .view import MatrixView
@@ -35,6 +37,7 @@ class Request:
         seed: A seed of this matrix and this refresh.
         old: The basis in use (b x r), or None before the first refresh.
         hyper: Options of the group, for projectors that have some of their own.
+        done: Refreshes done before this one.
     """
 
     matrix: Tensor
@@ -44,6 +47,7 @@ class Request:
     seed: int
     old: Tensor | None
     hyper: Hyper | None = None
+    done: int = 0
 
 
 class Projector(NamedTuple):
@@ -141,6 +145,7 @@ PROJECTORS: dict[str, Projector] = {
     "track": Projector(sketch, follows=True),
     "descend": Projector(first_of_descent, DESCENDING, follows=True),
     "random": Projector(anything(DENSE)),
+    "cross_head": Projector(partial(cross_head, sketch), DENSE, "right"),
     "dct": Projector(cosines, COSINE),
     "columns": Projector(anything(INDEX), INDEX, "right"),
     "rows": Projector(anything(INDEX), INDEX, "left"),

@@ -67,6 +67,7 @@ def _find(b: Bucket, index: int, scale: Tensor) -> None:
         seed=random.mix(hyper.seed, b.positions[index], done),
         old=held["basis"] if done else None,
         hyper=hyper,
+        done=done,
     )
     find = official_svd if hyper.official and hyper.projector == "svd" else hyper.chooses.find
     bases = find(request)

@@ -48,7 +48,7 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
         described[INTERVAL] = counter()
     if hyper.counts_coordinates:
         described[AGE] = Spec((view.rank,), torch.float32, param.device)
-    return {**described, **hyper.chooses.basis.specs(param, view, hyper), **moments}
+    return {**described, **hyper.basis.specs(param, view, hyper), **moments}
 
 
 def delegates(param: Tensor, hyper: Hyper) -> bool:

@@ -42,12 +42,12 @@ def project(b: Bucket) -> Tensor:
     low = b.layout.sum_cols(low)
     if b.hyper.maximize:
         low.neg_()
-    _silence_non_finite_(low)
+    b.usable[:] = _silence_non_finite_(low).unbind()
     return low
 
 
-def _silence_non_finite_(low: Tensor) -> None:
-    """Zero every matrix (k, a, r) that has a non-finite entry, or whose square overflows."""
+def _silence_non_finite_(low: Tensor) -> Tensor:
+    """Zero every matrix (k, a, r) that has a non-finite entry, or whose square overflows; tell which are sound (k,)."""
     norms = torch.linalg.vector_norm(low, dim=(1, 2))
     if low.device.type == "cpu":
         for index, norm in enumerate(norms.tolist()):
@@ -55,6 +55,8 @@ def _silence_non_finite_(low: Tensor) -> None:
                 low[index].zero_()
     else:  # asking would synchronise
         low.masked_fill_(~norms.isfinite()[:, None, None], 0.0)
+    finite: Tensor = norms.isfinite()
+    return finite
 
 
 def inner(b: Bucket, low: Tensor) -> Tensor:
