@@ -6,7 +6,7 @@ from .flora import Flora
 from .galore import GaLore
 from .galore_plus import GaLorePlus
 from .online_subspace import OnlineSubspaceDescent
-from .params import param_groups
+from .params import head_groups, param_groups
 from .presets import FiraAdamW, GaLoreAdafactor, GaLoreAdamW
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "GaLoreAdamW",
     "GaLorePlus",
     "OnlineSubspaceDescent",
+    "head_groups",
     "param_groups",
 ]

@@ -8,6 +8,15 @@ from typing import Any
 
 from torch import nn
 
+QUERY_NAMES = ("q_proj", "query", "q_lin")
+KEY_NAMES = ("k_proj", "key", "k_lin")
+"""Last parts of the names of query and key layers in Hugging Face's models."""
+
+FUSED_NAMES = {"phi3": "qkv_proj", "modernbert": "Wqkv", "mpt": "Wqkv", "dbrx": "Wqkv"}
+"""Fused layers whose rows are all queries, all keys, all values, by `config.model_type`; others interleave them."""
+
+BY_HAND = 'write the groups yourself, as {"params": [...], "rank": 128, "projector": "cross_head", "num_heads": 32}'
+
 HEAD_NAMES = ("lm_head", "embed_out", "output_projection", "score", "classifier")
 """Last parts of the names of output layers, which the papers leave full-rank."""
 
@@ -47,6 +56,68 @@ def param_groups(
     plain = [p for p in model.parameters() if p.requires_grad and id(p) not in weights]
     groups: list[dict[str, Any]] = [{"params": plain}] if plain else []
     return [*groups, {"params": projected, "rank": rank, **options}]
+
+
+def head_groups(
+    model: nn.Module,
+    rank: int = 128,
+    targets: str | Sequence[str] | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Split as `param_groups` does, with groups of their own for query and key layers, whose heads share a basis.
+
+    Query and key layers are found by name, their heads in `model.config`, as Hugging Face's models have them; so are
+    fused layers of rows in the order queries, keys, values. All go with `projector="cross_head"` and `num_heads`.
+
+    Args:
+        model: The model.
+        rank: Rank of the projected groups.
+        targets: Which linear layers are projected, as in `param_groups`.
+        options: Further options of the projected groups, as `update_proj_gap=100`.
+
+    Returns:
+        The plain group, the ordinary projected one, and one for every `num_heads`; empty ones are left out.
+
+    Raises:
+        ValueError: Nothing is matched, no layer is a query or key layer, or the config does not tell their heads.
+    """
+    *plain, projected = param_groups(model, rank, targets, **options)
+    chosen = {id(param) for param in projected["params"]}
+    heads: dict[int, int | tuple[tuple[int, int | None], ...]] = {}
+    for name, layer in _linear_layers(model):
+        if id(layer.weight) in chosen and (found := _heads_of(model, name, layer)) is not None:
+            heads[id(layer.weight)] = found
+    if not heads:
+        raise ValueError(
+            f"no projected linear layer of {type(model).__name__} is a query or key layer by name ({QUERY_NAMES}, "
+            f"{KEY_NAMES}, fused {FUSED_NAMES}): {BY_HAND}"
+        )
+    groups: dict[Any, dict[str, Any]] = {None: {**projected, "params": []}}
+    for param in projected["params"]:
+        count = heads.get(id(param))
+        shared = {**projected, "params": [], "projector": "cross_head", "num_heads": count}
+        groups.setdefault(count, shared)["params"].append(param)
+    return [*plain, *(group for group in groups.values() if group["params"])]
+
+
+def _heads_of(model: nn.Module, name: str, layer: Any) -> int | tuple[tuple[int, int | None], ...] | None:
+    """The heads of a query, key or fused layer; None for any other."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    last, fused = name.split(".")[-1], FUSED_NAMES.get(getattr(config, "model_type", ""))
+    if last not in (*QUERY_NAMES, *KEY_NAMES, fused) or type(layer).__name__ == "Conv1D":
+        return None
+    queries = getattr(config, "num_attention_heads", None)
+    if queries is None:
+        raise ValueError(
+            f"{name!r} has heads, and {type(model).__name__}.config.num_attention_heads does not tell how many: "
+            f"{BY_HAND}"
+        )
+    keys = getattr(config, "num_key_value_heads", None) or queries
+    if last != fused:
+        return int(queries if last in QUERY_NAMES else keys)
+    size = len(layer.weight) // (queries + 2 * keys)
+    return ((queries * size, queries), (keys * size, keys), (keys * size, None))
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from lowmem.optim import (
     GaLore,
     GaLoreAdafactor,
     GaLoreAdamW,
+    GaLorePlus,
     OnlineSubspaceDescent,
     param_groups,
 )
@@ -37,10 +38,13 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "galore_adafactor": lambda params, **options: GaLoreAdafactor(params, **{"rank": 3, "lr": 1e-3, **options}),
     "fira": lambda params, **options: Fira(params, **{"rank": 3, **options}),
     "online": lambda params, **options: OnlineSubspaceDescent(params, **{"rank": 3, **options}),
+    "galore_plus": lambda params, **options: GaLorePlus(
+        params, **{"rank": 3, "residual_density": 0.1, "residual_warmup": 2, **options}
+    ),
     "flora": lambda params, **options: Flora(params, **{"rank": 3, "lr": 1e-3, **options}),
     "adafactor": lambda params, **options: Adafactor(params, **{"lr": 1e-3, **options}),
 }
-SUBSPACE = ("galore", "galore_adamw", "galore_adafactor", "fira", "online", "flora")
+SUBSPACE = ("galore", "galore_adamw", "galore_adafactor", "fira", "online", "flora", "galore_plus")
 every = pytest.mark.parametrize("name", OPTIMIZERS)
 
 

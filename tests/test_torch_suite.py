@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem.optim import Adafactor, Fira, FiraAdamW, Flora, GaLore, GaLoreAdamW, OnlineSubspaceDescent
+from lowmem.optim import Adafactor, Fira, FiraAdamW, Flora, GaLore, GaLoreAdamW, GaLorePlus, OnlineSubspaceDescent
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
@@ -34,6 +34,12 @@ ADAM_INPUTS = [
     ({"weight_decay": 0.1}, "weight decay"),
     ({"weight_decay": 0.1, "maximize": True}, "maximize"),
     ({"eps": 1e-6, "betas": (0.8, 0.95)}, "non-default eps and betas"),
+]
+PLUS_INPUTS = [
+    ({}, "default"),
+    ({"lr": torch.tensor(0.01)}, "tensor lr"),
+    ({"weight_decay": 0.1, "maximize": True}, "maximize"),
+    ({"residual": "additive", "update_proj_gap": 2, "num_heads": 1}, "additive, one head"),
 ]
 RANKED_INPUTS = [
     *ADAM_INPUTS,
@@ -105,6 +111,7 @@ OPTIM_DB = {
     "Fira": record(Fira, ADAM_INPUTS, ADAM_ERRORS, rank=2, scale=1.0),
     "FiraAdamW": record(FiraAdamW, ADAM_INPUTS, ADAM_ERRORS, rank=2),
     "OnlineSubspaceDescent": record(OnlineSubspaceDescent, ADAM_INPUTS, ADAM_ERRORS, rank=2),
+    "GaLorePlus": record(GaLorePlus, PLUS_INPUTS, ADAM_ERRORS, rank=2, residual_density=0.1, residual_warmup=2),
     "Flora": record(Flora, ADAFACTOR_INPUTS, ADAFACTOR_ERRORS, rank=2),
     "Adafactor": record(Adafactor, ADAFACTOR_INPUTS, ADAFACTOR_ERRORS),
 }
