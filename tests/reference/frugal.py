@@ -72,14 +72,11 @@ def reset(state: State) -> None:
         state.pop(key, None)
 
 
-def rotate(state: State, C: Tensor, Cl: Tensor, betas: tuple[float, float]) -> None:
-    """M' = Cl M C^T, V' = |bc2 ((Cl*Cl) (V / bc2 - (M / bc1)^2) (C*C)^T + (M' / bc1)^2)|, bc_i = 1 - b_i^t."""
-    M, M_new = state["M"], Cl @ state["M"] @ C.T
+def rotate(state: State, C: Tensor, Cl: Tensor) -> None:
+    """M <- Cl M C^T, V <- (Cl * Cl) V (C * C)^T."""
+    state["M"] = Cl @ state["M"] @ C.T
     if "V" in state:
-        bc1, bc2 = (1 - b ** state["t"].max() for b in betas)
-        centred = state["V"] / bc2 - (M / bc1).square()
-        state["V"] = (bc2 * ((Cl * Cl) @ centred @ (C * C).T + (M_new / bc1).square())).abs()
-    state["M"] = M_new
+        state["V"] = (Cl * Cl) @ state["V"] @ (C * C).T
 
 
 def refresh_index(G: Tensor, state: State, select: str, size: int, transfer: str, select_fn: SelectFn) -> None:
@@ -94,7 +91,7 @@ def refresh_index(G: Tensor, state: State, select: str, size: int, transfer: str
 
 
 def refresh_dense(
-    G: Tensor, state: State, rank: int, side: str, transfer: str, align: bool, betas: Any, basis_fn: BasisFn | None
+    G: Tensor, state: State, rank: int, side: str, transfer: str, align: bool, basis_fn: BasisFn | None
 ) -> None:
     """New bases (L, P); keep with ``align``: columns flipped to diag(P_new^T P_old) >= 0; reproject: ``rotate``."""
     L, P = injected_bases(G, rank, side, basis_fn) if basis_fn else svd_bases(G, rank, side, official=False)
@@ -106,7 +103,7 @@ def refresh_dense(
             L = None if L is None else torch.where((L * state["L"]).sum(0) < 0, -L, L)
         if transfer == "reproject":
             Cl = torch.eye(len(state["M"]), dtype=P.dtype) if L is None else L.T @ state["L"]
-            rotate(state, P.T @ state["P"], Cl, betas)
+            rotate(state, P.T @ state["P"], Cl)
     state["L"], state["P"] = L, P
 
 
@@ -148,7 +145,7 @@ def frugal_step(
         U = full_rule(rule, G, state, betas, eps)
     elif select == "dense":
         if c % gap == 0:
-            refresh_dense(G, state, size, side, state_transfer, align, betas, basis_fn)
+            refresh_dense(G, state, size, side, state_transfer, align, basis_fn)
         B = (state["L"], state["P"], side)
         R = project(G, *B)
         F = free_rule(free, G - project_back(R, *B))
