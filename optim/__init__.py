@@ -3,6 +3,7 @@
 from .adafactor import Adafactor
 from .fira import Fira
 from .flora import Flora
+from .frugal import Frugal
 from .galore import GaLore
 from .galore_plus import GaLorePlus
 from .online_subspace import OnlineSubspaceDescent
@@ -14,6 +15,7 @@ __all__ = [
     "Fira",
     "FiraAdamW",
     "Flora",
+    "Frugal",
     "GaLore",
     "GaLoreAdafactor",
     "GaLoreAdamW",

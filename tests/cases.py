@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from lowmem import optim
-from lowmem.kernels.random import mix
+from lowmem.kernels.random import mix, subset
 from lowmem.optim.core.seeded import DISTRIBUTIONS, SeededBasis
 from torch import Tensor
 
 from tests.reference.fira import fira_step
 from tests.reference.flora import flora_step
-from tests.reference.galore import galore_step
+from tests.reference.frugal import frugal_step
+from tests.reference.galore import galore_step, side_of
 from tests.reference.galore_plus import galore_plus_step
 from tests.reference.online_subspace import osd_step
 
@@ -233,4 +234,65 @@ def galore_plus_cases() -> Iterator[Case]:
             )
 
 
-CASES = [*default_cases(), *official_cases(), *fira_cases(), *online_cases(), *flora_cases(), *galore_plus_cases()]
+def build_frugal(groups: Any, *, density: float, **options: Any) -> torch.optim.Optimizer:
+    """FRUGAL of a density, where the table says a rank."""
+    sizes = [{key: value for key, value in group.items() if key != "rank"} for group in groups]
+    return optim.Frugal(sizes, density=density, **options)
+
+
+def follow_frugal(weight: Tensor, grad: Tensor, state: dict[str, Any], *, rank: int, gap: int, **options: Any) -> None:
+    """The reference on the entries that our projectors choose: a function of seed, position and refresh."""
+    m, n = grad.shape
+    whole = {"columns": n, "rows": m, "randk": m * n}.get(options["select"])
+
+    def chosen(_: Tensor, size: int) -> Tensor:
+        return subset(mix(0, 0, state.get("c", 0) // gap), whole or 0, size)
+
+    if whole is None:  # the reference takes a share of the projected side, we of the smaller one
+        side = {"left": m, "right": n, "full": min(m, n)}[side_of(options["proj_type"], m, n)]
+        options["density"] = round(options["density"] * min(m, n)) / side
+    frugal_step(weight, grad, state, gap=gap, select_fn=chosen, **options)
+
+
+def frugal_cases() -> Iterator[Case]:
+    """FRUGAL: every selection, pair of rules and carry, spread over the shapes; bases of directions on every side."""
+    shapes, rules = ("tall", "wide", "square"), ("adamw", "lion", "sgd")
+    frees, carries, transfers = ("signsgd", "sgd", "none"), ("reset", "rotate", "keep"), ("reset", "reproject", "keep")
+    shared: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.1, "density": 0.3, "free_scale": 0.3}
+    for picks in product(range(3), repeat=4):
+        slots = shapes, ("columns", "rows", "randk"), rules, frees
+        shape, select, rule, free = (names[pick] for names, pick in zip(slots, picks, strict=True))
+        turn = sum(picks) % 3
+        yield Case(
+            f"frugal-{shape}-{select}-{rule}-{free}-{carries[turn]}",
+            build_frugal,
+            {**shared, "rule": rule, "scale": 0.5, "projector": select, "free_rule": free, "carry": carries[turn]},
+            {**shared, "rule": rule, "full_scale": 0.5, "select": select, "free": free}
+            | {"state_transfer": transfers[turn]},
+            SHAPES[shape],
+            follow=follow_frugal,
+        )
+    for (i, shape), side, (j, rule), turn in product(enumerate(shapes), SIDES, enumerate(rules), range(2)):
+        if (side, rule) == ("full", "lion"):
+            continue  # as in GaLore's cases
+        free, space = frees[(i + j) % 3], ("ambient", "complement")[turn]
+        both = {**shared, "rule": rule, "proj_type": side, "free_space": space}
+        yield Case(
+            f"frugal-{shape}-{side}-{rule}-{free}-{space}-{carries[turn]}",
+            build_frugal,
+            {**both, "scale": 0.5, "projector": "svd", "free_rule": free, "carry": carries[turn]},
+            {**both, "full_scale": 0.5, "select": "dense", "free": free, "state_transfer": transfers[turn]},
+            SHAPES[shape],
+            follow=follow_frugal,
+        )
+
+
+CASES = [
+    *default_cases(),
+    *official_cases(),
+    *fira_cases(),
+    *online_cases(),
+    *flora_cases(),
+    *galore_plus_cases(),
+    *frugal_cases(),
+]

@@ -43,7 +43,7 @@ def _check_basis(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """A projector may differ, for the checkpoint's is taken over; how the basis is kept may not."""
     names = mine.get("projector"), theirs.get("projector", mine.get("projector"))
     ours, saved = (getattr(PROJECTORS.get(str(name)), "basis", name) for name in names)
-    if ours is not saved:
+    if ours != saved:
         raise ValueError(
             f"the checkpoint has projector={names[1]!r}, this optimizer projector={names[0]!r}, which keeps its basis "
             f"in another form: construct the optimizer that wrote it, with projector={names[1]!r}"

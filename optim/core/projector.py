@@ -150,4 +150,5 @@ PROJECTORS: dict[str, Projector] = {
     "columns": Projector(anything(INDEX), INDEX, "right"),
     "rows": Projector(anything(INDEX), INDEX, "left"),
     "randk": Projector(anything(INDEX), INDEX, "flat"),
+    "randperm": Projector(anything(INDEX), INDEX),
 }

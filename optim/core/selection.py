@@ -1,0 +1,101 @@
+"""What part of a weight FRUGAL makes state-full: sizes, views, and the checks of the options that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from . import blocks
+from .basis import INDEX
+from .free import FREE_RULES, FREE_SPACES
+from .hyper import Hyper, check_choices
+from .view import MatrixView, matrix_shape
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "free_rule": FREE_RULES,
+    "free_space": FREE_SPACES,
+    "block_order": (None, *blocks.ORDERS),
+    "block_by": (None, *blocks.BLOCKS),
+    "carry": ("reset", "keep", "rotate"),
+    "rule": ("adamw", "lion", "rmsprop", "sgd"),
+}
+
+Group = Mapping[str, Any]
+
+
+def size_of(hyper: Hyper, m: int, n: int) -> tuple[int, int]:
+    """Size of the subspace of a matrix (m x n) and of the whole.
+
+    columns, rows, randk    floor(rho n), floor(rho m), floor(rho m n), or rank, rank, rank max(m, n)
+    directions              round(rho min(m, n)), or rank
+    """
+    side = hyper.chooses.side if hyper.basis is INDEX else None
+    whole: int = {"right": n, "left": m, "flat": m * n, None: min(m, n)}[side]
+    if hyper.density is not None:
+        size = round(hyper.density * whole) if side is None else int(hyper.density * whole)
+    else:
+        rank = hyper.rank if isinstance(hyper.rank, int) else 0
+        size = rank * max(m, n) if side == "flat" else rank
+    return min(size, whole), whole
+
+
+def view(param: Tensor, group: Group) -> MatrixView | None:
+    """Orient a parameter of a group; None is plain, rank 0 state-free and all columns state-full as a whole."""
+    if not blocks.is_matrix(param) or group["rank"] is group["density"] is None:
+        return None
+    m, n = matrix_shape(param.shape)
+    if blocks.turns(group):
+        size, whole = int(blocks.is_active(param, group)), 1
+    else:
+        size, whole = size_of(Hyper.of(group), m, n)
+    if size in (0, whole):
+        return MatrixView(m, n, n if size else 0, False, False)
+    return replace(MatrixView.of(param.shape, 1, Hyper.of(group).side), rank=size)
+
+
+def check(group: Group) -> None:
+    """Validate the options that are FRUGAL's own.
+
+    Raises:
+        ValueError: One is out of range, or contradicts another.
+    """
+    check_choices(group, CHOICES)
+    check_density(group["density"], group["rank"])
+    if not 0.0 <= group["free_scale"] < float("inf"):
+        raise ValueError(f"Invalid free_scale: {group['free_scale']}; need a number of at least 0")
+    if isinstance(group["rank"], str) or group.get("energy") is not None or group.get("budget") is not None:
+        raise ValueError(f"rank={group['rank']!r}: FRUGAL does not search for a size, pass density=0.25 or rank=128")
+    if group["compat"] is not None:
+        raise ValueError(f"compat={group['compat']!r}: the authors' code takes AdamW's order as we do, drop the option")
+    if group["projector"] == "cross_head" or group.get("num_heads") is not None:
+        raise ValueError(
+            "heads have subspaces of their own (projector='cross_head', num_heads), FRUGAL has one in a whole matrix: "
+            "drop num_heads and pass projector='columns'"
+        )
+    whole = group["projector"] == "blocks"
+    foreign = {"proj_type": "std", "lazy": None, "stagger": False} if whole else {"block_order": None, "block_by": None}
+    for name, default in foreign.items():
+        if group[name] != default:
+            raise ValueError(
+                f"{name}={group[name]!r} has no meaning with projector={group['projector']!r}: drop the option"
+                + ("" if whole else ", or pass projector='blocks'")
+            )
+    if group["free_rule"] == "freeze" and not whole:
+        raise ValueError("free_rule='freeze' is for whole tensors: pass projector='blocks', or free_rule='none'")
+
+
+def check_density(density: float | None, rank: int | None) -> None:
+    """Validate a density, which may be 0 or 1, and that no rank comes with it."""
+    if density is not None and not 0.0 <= density <= 1.0:
+        raise ValueError(f"Invalid density: {density}; need 0 <= density <= 1, the share of state-full entries")
+    if density is not None and rank is not None:
+        raise ValueError(f"rank={rank} and density={density} contradict each other: keep one of them")
+
+
+def for_core(group: Group) -> dict[str, Any]:
+    """Values that stand for FRUGAL's own, density 0 and blocks, where the core checks the rest of the options."""
+    own = group["projector"] == "blocks"
+    return {"density": group["density"] or None, "projector": "columns" if own else group["projector"]}
