@@ -1,6 +1,7 @@
 """Memory-efficient replacements of torch.optim optimizers."""
 
 from .adafactor import Adafactor
+from .badam import LISA, BAdam
 from .fira import Fira
 from .flora import Flora
 from .frugal import Frugal
@@ -11,7 +12,9 @@ from .params import head_groups, param_groups
 from .presets import FiraAdamW, GaLoreAdafactor, GaLoreAdamW
 
 __all__ = [
+    "LISA",
     "Adafactor",
+    "BAdam",
     "Fira",
     "FiraAdamW",
     "Flora",
