@@ -1,5 +1,6 @@
 """Memory-efficient replacements of torch.optim optimizers."""
 
+from .accumulate import SubspaceAccumulator
 from .adafactor import Adafactor
 from .badam import LISA, BAdam
 from .fira import Fira
@@ -24,6 +25,7 @@ __all__ = [
     "GaLoreAdamW",
     "GaLorePlus",
     "OnlineSubspaceDescent",
+    "SubspaceAccumulator",
     "head_groups",
     "param_groups",
 ]

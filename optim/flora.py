@@ -116,7 +116,7 @@ class Flora(Lifecycle):
         step = {"lr": 1e-2 if lr is None else lr, "relative_step": relative, "scale_parameter": scale_parameter}
         update = {"beta1": beta1, "beta2_decay": beta2_decay, "eps": eps, "clip_threshold": clip_threshold}
         subspace = {"rank": rank, "update_proj_gap": update_proj_gap, "distribution": distribution, "seed": seed}
-        storage = {"proj_type": proj_type, "state_dtype": state_dtype, "backend": backend}
+        storage: dict[str, Any] = {"proj_type": proj_type, "state_dtype": state_dtype, "backend": backend}
         storage |= {"weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, step | update | subspace | storage)
 

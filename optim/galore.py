@@ -58,6 +58,8 @@ class GaLore(SubspaceOptimizer):
     works at any rank, a zero or non-finite gradient keeps the old basis instead of failing, and see `compat`.
     """
 
+    linear_between_refreshes = True
+
     def update(self, b: Bucket) -> None:
         """One step of GaLore on a bucket of same-shape matrices."""
         refresh(b)  # P_t, every T steps              (b, r)

@@ -38,6 +38,9 @@ class Lifecycle(Optimizer):
         ValueError: An option is out of range, unknown but close to a known one, or contradicts another.
     """
 
+    linear_between_refreshes: bool = False
+    """Between two refreshes the update takes nothing from a gradient but A P, which may be summed in its place."""
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # A bare tensor is torch's error to raise, not a list of its rows.
         groups: Any = params if isinstance(params, Tensor) else list(params)

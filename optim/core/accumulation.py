@@ -1,0 +1,144 @@
+"""Two ways to sum the gradients of micro-batches in r columns: in an optimizer's own basis, or in a random one."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import codec
+from .bucket import Bucket, Plan
+from .lifecycle import Lifecycle
+from .projector import PROJECTORS
+from .seeded import SeededBasis
+from .view import MatrixView, matrix_shape
+
+TAG = 0xACC
+"""Keeps the bases apart from those of optimizers with the same seed."""
+
+
+class Way(Protocol):
+    """How gradients are compressed, and what the optimizer gets."""
+
+    def begin(self) -> None:
+        """Prepare for a micro-batch."""
+
+    def project(self, position: int, param: Tensor, cycle: int) -> Tensor | None:
+        """Compress `param.grad` to A P (a, r); None leaves it as it is."""
+
+    def deliver(self, position: int, param: Tensor, low: Tensor, cycle: int) -> None:
+        """Hand the sum over."""
+
+    def release(self) -> None:
+        """Forget what was handed over."""
+
+
+class Own:
+    """The optimizer's own basis between two refreshes, exactly; it takes the sums as its low-rank gradients.
+
+    Raises:
+        ValueError: The optimizer, or one of its groups, uses more of the gradient than A P.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, Lifecycle):
+            raise ValueError(_refusal(optimizer, "has no subspace of its own"))
+        self.optimizer = optimizer
+        self._places: dict[Tensor, tuple[Plan, Any]] = {}
+        self._check()
+
+    def begin(self) -> None:
+        """Look up the buckets, which exist after the first step."""
+        self._check()
+        groups = self.optimizer.param_groups
+        plans = self.optimizer._planned() if self.optimizer.state else []
+        seen = [(plan, self.optimizer._hyper(groups[plan.group])) for plan in plans if plan.view is not None]
+        self._places = {param: place for place in seen for param in place[0].params}
+
+    def project(self, position: int, param: Tensor, cycle: int) -> Tensor | None:
+        """`A P` in the basis in use; the whole gradient is kept where the next step makes another."""
+        held, grad = self.optimizer.state.get(param), param.grad
+        if grad is None or not held or param not in self._places or float(held["until_refresh"]) <= 0:
+            return None
+        plan, hyper = self._places[param]
+        b = Bucket(plan, hyper, [param], [grad], [held], [position], [0], [None], [None], [False])
+        low = torch.empty(b.view.low_shape, dtype=b.dtype, device=param.device)
+        b.basis.project(b.matrix(0), held, b.gemm_dtype, low)
+        return low
+
+    def deliver(self, position: int, param: Tensor, low: Tensor, cycle: int) -> None:
+        """Put R in the place of a gradient."""
+        self.optimizer._low_grads[param] = low
+
+    def release(self) -> None:
+        """Forget sums, also where a gradient scaler skipped the step."""
+        self.optimizer._low_grads.clear()
+
+    def _check(self) -> None:
+        for group in self.optimizer.param_groups:
+            reason = _reason(self.optimizer, group)
+            if reason:
+                raise ValueError(_refusal(self.optimizer, reason))
+
+
+class Random:
+    """Random bases, new in every cycle; the optimizer gets the unbiased `R P^T` as its gradient."""
+
+    def __init__(self, rank: int, distribution: str, proj_type: str, seed: int, backend: str) -> None:
+        self.rank, self.distribution, self.proj_type = rank, distribution, proj_type
+        self.seed, self.backend = seed, backend
+
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
+    def project(self, position: int, param: Tensor, cycle: int) -> Tensor | None:
+        """`A P` in the basis of this parameter and this cycle."""
+        view, grad = self.view(param), param.grad
+        if view is None or grad is None or grad.is_sparse:
+            return None
+        basis = self._basis(view, position, param, cycle)
+        return view.orient(grad.to(basis.dtype)) @ basis
+
+    def deliver(self, position: int, param: Tensor, low: Tensor, cycle: int) -> None:
+        """`p.grad = R P^T`, in the dtype and the memory order of the parameter, which fused optimizers count on."""
+        view = self.view(param)
+        if view is None:
+            raise ValueError(f"a {tuple(param.shape)} parameter has become too small for rank={self.rank} in a cycle")
+        basis = self._basis(view, position, param, cycle)
+        grad = (basis @ low.T if view.transposed else low @ basis.T).view(param.shape)
+        same = grad.dtype == param.dtype and grad.stride() == param.stride()
+        param.grad = grad if same else torch.empty_like(param, requires_grad=False).copy_(grad)
+
+    def release(self) -> None:
+        """Nothing is kept."""
+
+    def view(self, param: Tensor) -> MatrixView | None:
+        """Orient a matrix that is worth compressing."""
+        if param.ndim < 2 or self.rank >= min(matrix_shape(param.shape)):
+            return None
+        return MatrixView.of(param.shape, self.rank, self.proj_type)
+
+    def _basis(self, view: MatrixView, position: int, param: Tensor, cycle: int) -> Tensor:
+        basis = SeededBasis.of(view, self.distribution, self.seed, position, cycle, TAG)
+        return basis.matrix(codec.work_dtype(param.dtype), param.device, self.backend)
+
+
+def _reason(optimizer: Lifecycle, group: dict[str, Any]) -> str | None:
+    """Why A P is not all that the update of a group takes from a gradient between two refreshes."""
+    projector, residual = group.get("projector"), group.get("residual")
+    if not optimizer.linear_between_refreshes:
+        return "uses whole gradients in every step"
+    if projector in PROJECTORS and PROJECTORS[projector].follows:
+        return f"moves its basis by whole gradients with projector={projector!r}"
+    if residual not in (None, "none"):
+        return f"uses whole gradients with residual={residual!r}"
+    return "projects in other coordinates with weight_norm=True" if group.get("weight_norm") else None
+
+
+def _refusal(optimizer: Optimizer, reason: str) -> str:
+    return (
+        f"{type(optimizer).__name__} {reason}, so that gradients cannot be accumulated in its own subspace: pass a "
+        "rank, as SubspaceAccumulator(optimizer, rank=128), to accumulate them in a random one"
+    )
