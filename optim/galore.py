@@ -34,7 +34,8 @@ class GaLore(SubspaceOptimizer):
         scale: The paper's alpha, a factor of the learning rate of projected matrices.
         proj_type: Side that is projected: "std" (the smaller), "reverse_std", "left", "right", "full" (both).
         projector: "sketch" (randomized subspace iteration, warm-started, seeded), "svd" (exact), "track" (one power
-            step from the old basis, for short intervals) or "random" (orthonormal columns from the seed alone).
+            step from the old basis, for short intervals), "random" (orthonormal columns from the seed alone), or
+            "cross_head" in a group with `num_heads` and perhaps `head_select`, which `GaLorePlus` documents.
         carry: What becomes of the moments at a refresh: "rotate" (the default) expresses them in the new basis,
             "keep" (the paper, and the default of `compat="official"`) leaves their numbers, "reset" starts afresh.
         rule: Inner optimizer: "adamw", "adafactor", "lion", "rmsprop" or "sgd".

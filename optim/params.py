@@ -92,17 +92,22 @@ def head_groups(
             f"no projected linear layer of {type(model).__name__} is a query or key layer by name ({QUERY_NAMES}, "
             f"{KEY_NAMES}, fused {FUSED_NAMES}): {BY_HAND}"
         )
+    return [*plain, *_by_heads(projected, heads)]
+
+
+def _by_heads(projected: dict[str, Any], heads: dict[int, Any]) -> Iterator[dict[str, Any]]:
+    """Split a group by the heads of its parameters, those without any first."""
     groups: dict[Any, dict[str, Any]] = {None: {**projected, "params": []}}
     for param in projected["params"]:
         count = heads.get(id(param))
         shared = {**projected, "params": [], "projector": "cross_head", "num_heads": count}
         groups.setdefault(count, shared)["params"].append(param)
-    return [*plain, *(group for group in groups.values() if group["params"])]
+    return (group for group in groups.values() if group["params"])
 
 
 def _heads_of(model: nn.Module, name: str, layer: Any) -> int | tuple[tuple[int, int | None], ...] | None:
     """The heads of a query, key or fused layer; None for any other."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     last, fused = name.split(".")[-1], FUSED_NAMES.get(getattr(config, "model_type", ""))
     if last not in (*QUERY_NAMES, *KEY_NAMES, fused) or type(layer).__name__ == "Conv1D":
