@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from .config import RunConfig
 from .errors import UserError, did_you_mean
 from .models import model_config
@@ -14,7 +16,7 @@ GRIDS = {
     "galore": "lr=1e-2|2e-2|4e-2",
     "galoreplus": "lr=1e-2|2e-2|4e-2",
     "fira": "lr=1e-2|2e-2|4e-2",
-    "frugal": "lr=1e-3|2e-3|4e-3",
+    "frugal": "lr=1e-3|2e-3|4e-3 density=0.25",
     "onlinesubspacedescent": "lr=3e-3|1e-2|3e-2",
     "flora": "lr=1e-2|3e-2|1e-1",
     "adafactor": "lr=1e-2|3e-2|1e-1",
@@ -45,7 +47,7 @@ def published(names: str, shared: RunConfig, rank: int | None = None, gap: int |
     entries = []
     for name in chosen:
         texts = pairs_to_texts(GRIDS[name].split())
-        for option in _fillable(name):
+        for option in _fillable(name, texts):
             given, usual = fills[option]
             # What the grid itself says is only changed by a flag.
             texts[option] = texts.get(option, str(usual)) if given is None else str(given)
@@ -71,7 +73,9 @@ def _choose(names: str) -> list[str]:
     return chosen
 
 
-def _fillable(name: str) -> list[str]:
+def _fillable(name: str, texts: Mapping[str, str]) -> list[str]:
     known = options_of(resolve(name))
     refused = ["update_proj_gap"] if name in NEVER_REFRESHED else []
+    # A density is a rank already.
+    refused += ["rank"] if "density" in texts else []
     return [option for option in ("rank", "update_proj_gap") if option in known and option not in refused]

@@ -42,7 +42,8 @@ def run_options(name: str) -> dict[str, Option]:
 def build_optimizer(name: str, options: Mapping[str, Any], model: nn.Module, seed: int) -> Optimizer:
     """Return the optimizer over `model`'s parameters.
 
-    An optimizer with a `rank` gets the groups of `param_groups`: linear layers projected, the rest plain.
+    An optimizer with a `rank` gets the groups of `param_groups`: linear layers projected, the rest plain; GaLore+ gets
+    those of `head_groups`.
 
     Raises:
         UserError: If the constructor refuses an option.
@@ -54,14 +55,22 @@ def build_optimizer(name: str, options: Mapping[str, Any], model: nn.Module, see
         given["seed"] = seed
     if cls is AdamW and not {"fused", "foreach", "differentiable"} & set(given):
         given["fused"] = True
-    params: Any = list(model.parameters())
     try:
-        if "rank" in known:
-            rank = {"rank": given.pop("rank")} if "rank" in given else {}
-            params = optim.param_groups(model, **rank)
+        params = _groups(cls, given, model) if "rank" in known else list(model.parameters())
         return cls(params, **given)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise UserError(f"{name}: {one_line(error)}") from error
+
+
+def _groups(cls: type[Optimizer], given: dict[str, Any], model: nn.Module) -> Any:
+    """Return the groups of an optimizer, taking what decides their size out of the given options."""
+    size = {name: given.pop(name) for name in ("rank", "density") if name in given}
+    if issubclass(cls, optim.BAdam):
+        *plain, projected = optim.param_groups(model, **{"rank": given.pop("layers", 1), **size}, named=True)
+        return [*({**group, "rank": None} for group in plain), projected]
+    if issubclass(cls, optim.GaLorePlus):
+        return optim.head_groups(model, **size)
+    return optim.param_groups(model, **size)
 
 
 def state_bytes(optimizer: Optimizer) -> int:

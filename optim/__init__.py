@@ -8,6 +8,7 @@ from .flora import Flora
 from .frugal import Frugal
 from .galore import GaLore
 from .galore_plus import GaLorePlus
+from .lowrank import LowRank
 from .online_subspace import OnlineSubspaceDescent
 from .params import head_groups, param_groups
 from .presets import FiraAdamW, GaLoreAdafactor, GaLoreAdamW
@@ -24,6 +25,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLorePlus",
+    "LowRank",
     "OnlineSubspaceDescent",
     "SubspaceAccumulator",
     "head_groups",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -12,11 +11,12 @@ from .core import residual
 from .core.bucket import Bucket
 from .core.hyper import check_choices
 from .core.optimizer import SubspaceOptimizer
+from .core.residual import Scaling
 from .core.spec import Spec
 from .core.verbs import follow, inner, project, project_back_, refresh
 from .core.view import MatrixView
 
-CHOICES: dict[str, tuple[Any, ...]] = {"scale_mode": ("row", "matrix"), "residual": (None, "exact", "official")}
+CHOICES: dict[str, tuple[Any, ...]] = {"residual": (None, "exact", "official")}
 
 
 class Fira(SubspaceOptimizer):
@@ -74,50 +74,25 @@ class Fira(SubspaceOptimizer):
 
     def update(self, b: Bucket) -> None:
         """One step of Fira on a bucket of same-shape matrices."""
-        group = self.param_groups[b.plan.group]
+        leak = b.hyper.scale if _leaks(self.param_groups[b.plan.group]) else 1.0
+        how = Scaling.of(self.param_groups[b.plan.group], leak)
         refresh(b)  # P_t, every T steps                                       (b, r)
         low = project(b)  # R_t = A_t P_t                                      (k, a, r)
         step = inner(b, low)  # N_t = rule(R_t)                                (k, a, r)
-        phi = residual.growth(step, low, by_row=group["scale_mode"] == "row")  # (k, a)
-        phi = self._limited(b, phi, low, group)  # phi / L                     (k, a)
+        phi = residual.growth(step, low, by_row=how.by_row)  # phi_t           (k, a)
+        phi = residual.limited(b, phi, low, how)  # phi / L                    (k, a)
         step.addcmul_(phi[..., None], low, value=-1.0)  # N - phi o R
-        project_back_(b, step, rows=phi / b.hyper.scale if _leaks(group) else phi)  # + phi o A
+        project_back_(b, step, rows=phi / leak)  # + phi o A
         follow(b, low)  # P_{t+1}, by projectors that move after the step
-
-    def _limited(self, b: Bucket, phi: Tensor, low: Tensor, group: dict[str, Any]) -> Tensor:
-        """Divide phi by the growth limiter's L; the authors' limiter sees N before bias correction."""
-        leak = b.hyper.scale if _leaks(group) else 1.0
-        squares = residual.residual_squares(b, low, 2 * leak - leak**2)
-        phi.masked_fill_(~squares.sum(1, keepdim=True).isfinite(), 0.0)  # a bad gradient has no residual
-        if group["gamma"] is None:
-            return phi
-        norms = (phi.square() * squares.nan_to_num_()).sum(1).sqrt()  # |S|  (k,)
-        for index, held in enumerate(b.states):
-            t, (beta1, beta2) = int(held["step"]), b.hyper.betas
-            corrected = b.hyper.official and b.hyper.correct_bias and b.hyper.rule == "adamw"
-            raw = (1 - beta1**t) / (1 - beta2**t) ** 0.5 if corrected else 1.0
-            last = held["limit_norm"]
-            unset = torch.full_like(last, t == 1).bool() if b.hyper.official else ~((last > 0) & last.isfinite())
-            phi[index] /= residual.limit_growth(norms[index] * raw, last, group["gamma"], unset)
-        return phi
 
     def _validate(self, group: dict[str, Any]) -> None:
         super()._validate(group)
         check_choices(group, CHOICES)
-        if group["gamma"] is not None and not group["gamma"] >= 1.0:
-            raise ValueError(f"Invalid gamma: {group['gamma']}; need a number of at least 1, or None for no limit")
-        if group["proj_type"] == "full" and group["scale_mode"] == "row":
-            raise ValueError('proj_type="full" mixes the rows: pass scale_mode="matrix" with it')
-        if group["rule"] == "adafactor":
-            raise ValueError(
-                "rule='adafactor' has the learning rate in its direction: choose adamw, rmsprop, lion or sgd"
-            )
+        residual.check(group)
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         described = super()._specs(param, view, group)
-        if view is not None:
-            described["limit_norm"] = Spec((), torch.promote_types(param.dtype, torch.float32), param.device)
-        return described
+        return described if view is None else described | residual.limit_spec(param)
 
 
 def _leaks(group: dict[str, Any]) -> bool:

@@ -23,8 +23,10 @@ HEAD_NAMES = ("lm_head", "embed_out", "output_projection", "score", "classifier"
 
 def param_groups(
     model: nn.Module,
-    rank: int = 128,
+    rank: int | str = 128,
     targets: str | Sequence[str] | None = None,
+    *,
+    named: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of a model into plain ones and projected ones, as the papers do.
@@ -34,8 +36,10 @@ def param_groups(
 
     Args:
         model: The model.
-        rank: Rank of the projected group.
+        rank: Rank of the projected group, "auto" to leave it to the gradients; a `density` among the options is taken
+            in its place.
         targets: Which linear layers instead: regular expressions searched in the layers' names, as `["attn", "mlp"]`.
+        named: Return (name, parameter) pairs, which `BAdam` and `LISA` find the layers by.
         options: Further options of the projected group, as `update_proj_gap=100`.
 
     Returns:
@@ -46,21 +50,28 @@ def param_groups(
     """
     layers = dict(_linear_layers(model))
     chosen = _matching(layers, targets) if targets is not None else _papers(model, layers)
-    weights = {id(layers[name].weight): layers[name].weight for name in chosen}
-    projected = [w for w in weights.values() if w.requires_grad]
+    weights = {id(layers[name].weight) for name in chosen}
+    # By layer, whose order is the model's, and once where layers share a weight.
+    names = {id(param): (name, param) for name, param in model.named_parameters() if param.requires_grad}
+    projected = [names[key] for key in dict.fromkeys(id(layers[name].weight) for name in chosen) if key in names]
     if not projected:
         raise ValueError(
             f"no trainable linear layer of {type(model).__name__} is projected; pass targets=[...] with parts of the "
             f"names of some: {', '.join(list(layers)[:8]) or 'it has no linear layers'}"
         )
-    plain = [p for p in model.parameters() if p.requires_grad and id(p) not in weights]
+    plain = [pair for key, pair in names.items() if key not in weights]
+    size = {} if "density" in options else {"rank": rank}
     groups: list[dict[str, Any]] = [{"params": plain}] if plain else []
-    return [*groups, {"params": projected, "rank": rank, **options}]
+    groups.append({"params": projected, **size, **options})
+    if not named:
+        for group in groups:
+            group["params"] = [param for _, param in group["params"]]
+    return groups
 
 
 def head_groups(
     model: nn.Module,
-    rank: int = 128,
+    rank: int | str = 128,
     targets: str | Sequence[str] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import BACKENDS
+from .adaptive import AUTO
 from .basis import DENSE, Basis
 from .codec import STATE_DTYPES
 from .cross_head import Heads, Segments, check_heads, frozen
@@ -55,7 +56,7 @@ class Hyper:
     eps: float | tuple[float, float]
     weight_decay: float
     rule: str
-    rank: int | None
+    rank: int | str | None
     scale: float
     proj_type: str
     carry: str
@@ -85,6 +86,7 @@ class Hyper:
     proj_betas: tuple[float, float] | None = None
     proj_weight_decay: float = 0.0
     ortho: float = 0.1
+    weight_norm: bool = False
     num_heads: Heads | None = None
     head_select: str = "random"
 
@@ -127,7 +129,7 @@ class Hyper:
 
     def rank_for(self, shape: tuple[int, int]) -> int | None:
         """Rank of a matrix of this shape, or None where the group is plain."""
-        return rank_of(shape, self.rank, self.density)
+        return rank_of(shape, self.rank if isinstance(self.rank, int) else None, self.density)
 
 
 def scalar(value: Any) -> Any:
@@ -210,13 +212,27 @@ def check_subspace(group: Mapping[str, Any]) -> None:
 
 def check_rank(group: Mapping[str, Any]) -> None:
     """Validate the size of a subspace and the time that it lasts."""
-    _check_positive_int("rank", group.get("rank"), optional=True)
+    _check_open_rank(group)
     _check_positive_int("update_proj_gap", group["update_proj_gap"])
     density = group.get("density")
     if density is not None and not 0.0 < density <= 1.0:
         raise ValueError(f"Invalid density: {density}; need 0 < density <= 1, the rank as a share of the smaller side")
     if density is not None and group.get("rank") is not None:
         raise ValueError(f"rank={group['rank']} and density={density} contradict each other: keep one of them")
+
+
+def _check_open_rank(group: Mapping[str, Any]) -> None:
+    rank, energy, budget = group.get("rank"), group.get("energy"), group.get("budget")
+    if rank != AUTO:
+        _check_positive_int("rank", rank, optional=True)
+        if rank is not None and (energy is not None or budget is not None):
+            raise ValueError(f"energy={energy}, budget={budget} contradict rank={rank}: drop them, or pass rank='auto'")
+        return
+    if energy is None and budget is None:
+        raise ValueError("rank='auto' needs a target: pass energy=0.9, or budget=BYTES of state, or both")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ValueError(f"Invalid energy: {energy}; need a share of the gradient's energy, 0 < energy <= 1")
+    _check_positive_int("budget", budget, optional=True)
 
 
 def _check_projector(group: Mapping[str, Any]) -> None:

@@ -48,8 +48,10 @@ class Lifecycle(Optimizer):
         self._transient()
         defaults = {**defaults, **getattr(self, "_method_options", {})}
         normalise(defaults, frozenset(defaults))
+        if named:
+            defaults["rank"] = None
         self._validate(defaults)
-        super().__init__(groups, {**defaults, "rank": None} if named else defaults)
+        super().__init__(groups, defaults)
 
     def _declare(self, **options: Any) -> None:
         """Add a method's own options to those that the constructor passes on."""
@@ -181,12 +183,20 @@ class Lifecycle(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._prepare()
         hypers = [self._hyper(group) for group in self.param_groups]
         for plan in self._planned():
             bucket = self._bucket(plan, hypers[plan.group])
             if bucket.params:
-                (self.plain if plan.view is None else self.update)(bucket)
+                (self.plain if plan.view is None else self._project)(bucket)
         return loss
+
+    def _prepare(self) -> None:
+        """Do what must precede the sorting into buckets."""
+
+    def _project(self, b: Bucket) -> None:
+        """Step a bucket of projected matrices, in whatever coordinates."""
+        self.update(b)
 
     def _bucket(self, plan: Plan, hyper: Any) -> Bucket:
         """Gather what takes part in this step, creating the state of parameters that are new."""

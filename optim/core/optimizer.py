@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from . import weight_norm
+from .adaptive import AUTO, choose_ranks, rank_in
+from .bucket import Bucket
 from .lifecycle import Lifecycle
+from .spec import Spec
+from .summary import Summary
+from .view import MatrixView
 
 
 class SubspaceOptimizer(Lifecycle):
@@ -22,7 +29,7 @@ class SubspaceOptimizer(Lifecycle):
         eps: float | tuple[float, float] = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        rank: int | None = 128,
+        rank: int | str | None = 128,
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",
@@ -35,6 +42,9 @@ class SubspaceOptimizer(Lifecycle):
         num_heads: int | Sequence[tuple[int, int | None]] | None = None,
         head_select: str = "random",
         lazy: float | None = None,
+        energy: float | None = None,
+        budget: int | None = None,
+        weight_norm: bool = False,
         stagger: bool = False,
         seed: int = 0,
         maximize: bool = False,
@@ -45,8 +55,57 @@ class SubspaceOptimizer(Lifecycle):
     ) -> None:
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule}
         subspace = {"rank": rank, "scale": scale, "proj_type": proj_type, "carry": carry}
+        subspace |= {"energy": energy, "budget": budget, "weight_norm": weight_norm}
         schedule = {"update_proj_gap": update_proj_gap, "stagger": stagger, "lazy": lazy}
         search = {"projector": projector, "seed": seed, "num_heads": num_heads, "head_select": head_select}
         numerics = {"state_dtype": state_dtype, "gemm_dtype": gemm_dtype, "rounding": rounding, "backend": backend}
         torch_form = {"maximize": maximize, "foreach": foreach, "fused": fused}
         super().__init__(params, adam | subspace | schedule | search | numerics | torch_form | {"compat": compat})
+
+    def _prepare(self) -> None:
+        """Choose the ranks of groups that leave them open, from the gradients of their first step."""
+        for group in self.param_groups:
+            if group["rank"] == AUTO and "ranks" not in group:
+                group["ranks"] = choose_ranks(group, self._bytes_at)
+
+    def _bytes_at(self, param: Tensor, rank: int, group: dict[str, Any]) -> int | None:
+        """Bytes of state that an eligible parameter takes at a rank; None where it cannot have it."""
+        settled = {**group, "rank": rank}
+        view = super()._view(param, settled)
+        return None if view is None else sum(spec.nbytes for spec in self._specs(param, view, settled).values())
+
+    def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
+        if group["rank"] != AUTO:
+            return super()._view(param, group)
+        rank = rank_in(group, param)
+        return super()._view(param, {**group, "rank": rank}) if rank else None
+
+    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return (*super()._structure(group), group["weight_norm"], tuple(group.get("ranks", ())))
+
+    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
+        described = super()._specs(param, view, group)
+        if view is not None and group["weight_norm"]:
+            described |= weight_norm.specs(param, self._hyper(group))
+        return described
+
+    def _admit(self, param: Tensor, group: dict[str, Any]) -> None:
+        super()._admit(param, group)
+        if group["weight_norm"]:
+            weight_norm.check(param)
+
+    def _project(self, b: Bucket) -> None:
+        if b.hyper.weight_norm:
+            weight_norm.normalised(b, self.update)
+        else:
+            self.update(b)
+
+    def summary(self) -> Summary:
+        """As in every optimizer of the package.
+
+        Raises:
+            RuntimeError: Ranks are not chosen yet.
+        """
+        if any(group["rank"] == AUTO and "ranks" not in group for group in self.param_groups):
+            raise RuntimeError("rank='auto' is decided by the gradients of the first step: call summary() after it")
+        return super().summary()

@@ -6,12 +6,64 @@ a correction of the low-rank direction and a row-scaled copy of the gradient tha
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .bucket import Bucket
+from .codec import work_dtype
+from .hyper import check_choices
+from .spec import Spec
 
 TINY = 1e-8
+
+LIMIT = "limit_norm"
+"""State of the limiter: s, the limited norm of the step before."""
+
+CHOICES: dict[str, tuple[Any, ...]] = {"scale_mode": ("row", "matrix")}
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """How the residual is scaled.
+
+    Args:
+        gamma: Largest growth of its norm in a step; None does not limit it.
+        by_row: One factor a row, else one a matrix.
+        leak: Share beta of R P^T that is taken out, `E = A - beta R P^T`: 1, or the authors' `scale`.
+    """
+
+    gamma: float | None
+    by_row: bool
+    leak: float = 1.0
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any], leak: float = 1.0) -> Scaling:
+        """Read it from the options of a group."""
+        return cls(group["gamma"], group["scale_mode"] == "row", leak)
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Validate the options of a norm-scaled residual.
+
+    Raises:
+        ValueError: One is out of range, or the group's side, rule or projector cannot have such a residual.
+    """
+    check_choices(group, CHOICES)
+    if group["gamma"] is not None and not group["gamma"] >= 1.0:
+        raise ValueError(f"Invalid gamma: {group['gamma']}; need a number of at least 1, or None for no limit")
+    if group["proj_type"] == "full" and group["scale_mode"] == "row":
+        raise ValueError('proj_type="full" mixes the rows: pass scale_mode="matrix" with it')
+    if group["rule"] == "adafactor":
+        raise ValueError("rule='adafactor' has the learning rate in its direction: choose adamw, rmsprop, lion or sgd")
+    if group["projector"] == "descend" and group["gamma"] is not None:
+        raise ValueError(
+            "projector='descend' keeps its basis only nearly orthonormal, the limit of growth needs it exact: pass "
+            "gamma=None, or projector='track'"
+        )
 
 
 def growth(step: Tensor, low: Tensor, *, by_row: bool) -> Tensor:
@@ -60,3 +112,28 @@ def limit_growth(norm: Tensor, last: Tensor, gamma: float, unset: Tensor) -> Ten
     limited = norm / divisor
     last.copy_(torch.where(limited.isfinite(), limited, last))
     return divisor
+
+
+def limited(b: Bucket, phi: Tensor, low: Tensor, how: Scaling) -> Tensor:
+    """Divide phi by the growth limiter's L, and silence it for gradients that are not finite.
+
+    The authors' limiter sees N before bias correction.
+    """
+    squares = residual_squares(b, low, 2 * how.leak - how.leak**2)
+    phi.masked_fill_(~squares.sum(1, keepdim=True).isfinite(), 0.0)  # a bad gradient has no residual
+    if how.gamma is None:
+        return phi
+    norms = (phi.square() * squares.nan_to_num_()).sum(1).sqrt()  # |S|  (k,)
+    for index, held in enumerate(b.states):
+        t, (beta1, beta2) = int(held["step"]), b.hyper.betas
+        corrected = b.hyper.official and b.hyper.correct_bias and b.hyper.rule == "adamw"
+        raw = (1 - beta1**t) / (1 - beta2**t) ** 0.5 if corrected else 1.0
+        last = held[LIMIT]
+        unset = torch.full_like(last, t == 1).bool() if b.hyper.official else ~((last > 0) & last.isfinite())
+        phi[index] /= limit_growth(norms[index] * raw, last, how.gamma, unset)
+    return phi
+
+
+def limit_spec(param: Tensor) -> dict[str, Spec]:
+    """Describe the state of the limiter: one number."""
+    return {LIMIT: Spec((), work_dtype(param.dtype), param.device)}

@@ -70,25 +70,26 @@ def inner(b: Bucket, low: Tensor) -> Tensor:
     return step
 
 
-def project_back_(b: Bucket, step: Tensor, rows: Tensor | None = None) -> None:
+def project_back_(b: Bucket, step: Tensor | None, rows: Tensor | None = None) -> None:
     """Move the weights, `W <- (1 - lr wd) W - lr scale (N P^T + s o A)`: one GEMM a matrix, W in place.
 
     Args:
         b: The bucket.
-        step: N (k, a, r).
+        step: N (k, a, r); None leaves the first term out.
         rows: s, factors of the rows of the gradient, (k, a) or (k, 1); None leaves the last term out.
     """
     view = b.view
     for index, (param, held) in enumerate(zip(b.params, b.states, strict=True)):
         lr, decay = rates(b, index)
-        direction, rate = step[index], lr
-        if isinstance(lr, Tensor):
-            direction, lr = direction * lr, 1.0
         weight = param.detach().reshape(view.m, view.n)
         oriented = weight.T if view.transposed else weight
-        b.basis.project_back_(oriented, direction, held, Step(decay, -lr * b.hyper.scale, b.gemm_dtype))
+        if step is None:
+            weight.mul_(decay)
+        else:
+            direction, rate = (step[index] * lr, 1.0) if isinstance(lr, Tensor) else (step[index], lr)
+            b.basis.project_back_(oriented, direction, held, Step(decay, -rate * b.hyper.scale, b.gemm_dtype))
         if rows is not None:
-            _add_rows_(b, index, oriented, rows[index] * rate)
+            _add_rows_(b, index, oriented, rows[index] * lr)
         if weight.data_ptr() != param.data_ptr():  # a weight that cannot be viewed as a matrix, channels-last say
             param.copy_(weight.view_as(param))
 
