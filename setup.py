@@ -14,6 +14,7 @@ PACKAGES = {
 }
 
 BENCH = ["transformers>=4.45", "datasets>=2.20", "safetensors", "typer>=0.12", "rich", "matplotlib"]
+TRITON = ["triton>=3.1; platform_system == 'Linux'"]
 TEST = ["pytest>=8", "hypothesis>=6", "expecttest"]
 
 setup(
@@ -31,7 +32,8 @@ setup(
     install_requires=["torch>=2.8", "numpy"],
     extras_require={
         "bench": BENCH,
-        "test": TEST + BENCH,
+        "test": TEST + BENCH + TRITON,
+        "triton": TRITON,
         "lint": ["ruff", "mypy"],
         "peers": ["galore-torch"],
     },
