@@ -64,6 +64,8 @@ class LowRank(SubspaceOptimizer):
         ValueError: An option is out of range, or the combination has no meaning; the message says why.
     """
 
+    linear_between_refreshes = True  # where there is no residual
+
     def __init__(
         self,
         params: ParamsT,
@@ -83,6 +85,8 @@ class LowRank(SubspaceOptimizer):
         self._declare(residual=residual, residual_scale=residual_scale, gamma=gamma, scale_mode=scale_mode)
         self._declare(residual_density=residual_density, residual_warmup=residual_warmup)
         super().__init__(params, lr, betas, eps, weight_decay, **options)
+
+    linear_between_refreshes = True  # of groups without a residual
 
     def update(self, b: Bucket) -> None:
         """One step on a bucket of same-shape matrices."""

@@ -15,6 +15,7 @@ from lowmem.optim import (
     GaLore,
     GaLoreAdamW,
     GaLorePlus,
+    LowRank,
     OnlineSubspaceDescent,
     SubspaceAccumulator,
 )
@@ -77,6 +78,7 @@ GALORE: list[dict[str, Any]] = [
     {"projector": "columns"},
     {"projector": "randk"},
     {"projector": "random", "lazy": 0.5},
+    {"rank": "auto", "energy": 0.5},
 ]
 
 
@@ -87,6 +89,13 @@ GALORE: list[dict[str, Any]] = [
 def test_sums_in_the_own_basis_equal_one_large_batch(options: dict[str, Any]) -> None:
     def build(params: list[Parameter]) -> GaLore:
         return GaLore(params, **{"lr": 1e-2, "rank": 4, "update_proj_gap": 3, "eps": 1e-4, **options})
+
+    assert_close(train(build, SubspaceAccumulator), train(build, None))
+
+
+def test_low_rank_without_a_residual_is_accumulated_too() -> None:
+    def build(params: list[Parameter]) -> LowRank:
+        return LowRank(params, lr=1e-2, rank=4, update_proj_gap=3, eps=1e-4)
 
     assert_close(train(build, SubspaceAccumulator), train(build, None))
 
@@ -144,6 +153,8 @@ REFUSED: dict[str, tuple[Callable[[list[Parameter]], torch.optim.Optimizer], str
     "plus": (lambda params: GaLorePlus(params, rank=4), "uses whole gradients"),
     "flora": (lambda params: Flora(params, rank=4), "uses whole gradients"),
     "adafactor": (Adafactor, "uses whole gradients"),
+    "residual": (lambda params: LowRank(params, rank=4, residual="norm"), "residual='norm'"),
+    "norm": (lambda params: GaLore([params[0]], rank=4, weight_norm=True), "weight_norm=True"),
     "track": (lambda params: GaLore(params, rank=4, projector="track"), "projector='track'"),
 }
 

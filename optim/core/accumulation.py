@@ -132,7 +132,7 @@ def _reason(optimizer: Lifecycle, group: dict[str, Any]) -> str | None:
         return "uses whole gradients in every step"
     if projector in PROJECTORS and PROJECTORS[projector].follows:
         return f"moves its basis by whole gradients with projector={projector!r}"
-    if residual not in (None, "none"):
+    if residual is not None:
         return f"uses whole gradients with residual={residual!r}"
     return "projects in other coordinates with weight_norm=True" if group.get("weight_norm") else None
 
