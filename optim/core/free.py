@@ -25,7 +25,7 @@ from .apply import count_step, rates
 from .basis import COSINE, INDEX
 from .bucket import Bucket
 from .plain import plain_
-from .tiles import NOISE, Factors, Residual, product, tiles
+from .tiles import Factors, Residual, product, tiles
 from .verbs import project_back_
 
 FREE_RULES = ("signsgd", "sgd", "none", "freeze")
@@ -138,9 +138,7 @@ def _add_(b: Bucket, index: int, weight: Tensor, residual: Residual, split: tupl
     if free.rule == "sgd":
         step.sub_(low, alpha=free.scale)
     else:
-        rows = torch.linalg.vector_norm(residual.matrix, dim=1, keepdim=True, dtype=b.dtype)
-        floor = rows * (NOISE * torch.finfo(basis.dtype).eps / b.view.b**0.5)
-        residual = replace(residual, factors=Factors(_spread(left, low), basis, floor))
+        residual = replace(residual, factors=Factors.of(residual.matrix, _spread(left, low), basis))
         if free.complement:
             step.sub_(_inside(residual, basis, left, low.shape), alpha=free.scale)
     _walk_(weight, residual, decay, lr * b.hyper.scale, (free.scale, _spread(left, step), basis))

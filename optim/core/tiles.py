@@ -13,8 +13,8 @@ from .plain import CHUNK
 
 GPU_CHUNK = 1 << 24
 """Elements of a tile on a GPU, where fewer launches count for more."""
-NOISE = 4
-"""Roundings of an average entry of a row below which an entry of E = A - R P^T is taken for zero."""
+NOISE = 2, 256
+"""Roundings of products and of bases, of an average entry of a row, up to which E = A - R P^T is taken for zero."""
 
 
 class Factors(NamedTuple):
@@ -26,6 +26,13 @@ class Factors(NamedTuple):
     """P (b, r), in the dtype of the products."""
     floor: Tensor
     """Rounding error of the rows of A - R P^T (a, 1)."""
+
+    @classmethod
+    def of(cls, matrix: Tensor, low: Tensor, basis: Tensor) -> Factors:
+        """Measure the rows of A (a, b); a sign of rounding errors would count as much as any other."""
+        roundings = sum(n * torch.finfo(dtype).eps for n, dtype in zip(NOISE, (basis.dtype, low.dtype), strict=True))
+        rows = torch.linalg.vector_norm(matrix, dim=1, keepdim=True, dtype=low.dtype)
+        return cls(low, basis, rows * (roundings / matrix.shape[1] ** 0.5))
 
 
 @dataclass(frozen=True, slots=True)
