@@ -16,6 +16,7 @@ from lowmem.optim import (
     Adafactor,
     Fira,
     Flora,
+    Frugal,
     GaLore,
     GaLoreAdafactor,
     GaLoreAdamW,
@@ -37,6 +38,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "galore_adamw": lambda params, **options: GaLoreAdamW(params, **{"rank": 3, **options}),
     "galore_adafactor": lambda params, **options: GaLoreAdafactor(params, **{"rank": 3, "lr": 1e-3, **options}),
     "fira": lambda params, **options: Fira(params, **{"rank": 3, **options}),
+    "frugal": lambda params, **options: Frugal(params, **{"rank": 3, **options}),
+    "frugal_svd": lambda params, **options: Frugal(params, **{"rank": 3, "projector": "svd", **options}),
+    "frugal_blocks": lambda params, **options: Frugal(params, **{"projector": "blocks", **options}),
     "online": lambda params, **options: OnlineSubspaceDescent(params, **{"rank": 3, **options}),
     "galore_plus": lambda params, **options: GaLorePlus(
         params, **{"rank": 3, "residual_density": 0.1, "residual_warmup": 2, **options}
@@ -44,7 +48,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "flora": lambda params, **options: Flora(params, **{"rank": 3, "lr": 1e-3, **options}),
     "adafactor": lambda params, **options: Adafactor(params, **{"lr": 1e-3, **options}),
 }
-SUBSPACE = ("galore", "galore_adamw", "galore_adafactor", "fira", "online", "flora", "galore_plus")
+SUBSPACE = ("galore", "galore_adamw", "galore_adafactor", "fira", "frugal", "online", "flora", "galore_plus")
 every = pytest.mark.parametrize("name", OPTIMIZERS)
 
 

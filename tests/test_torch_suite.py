@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem.optim import Adafactor, Fira, FiraAdamW, Flora, GaLore, GaLoreAdamW, GaLorePlus, OnlineSubspaceDescent
+from lowmem.optim import (
+    Adafactor,
+    Fira,
+    FiraAdamW,
+    Flora,
+    Frugal,
+    GaLore,
+    GaLoreAdamW,
+    GaLorePlus,
+    OnlineSubspaceDescent,
+)
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
@@ -46,6 +56,13 @@ RANKED_INPUTS = [
     ({"update_proj_gap": 2, "projector": "svd"}, "svd"),
     ({"rule": "adafactor", "update_proj_gap": 3}, "adafactor inside"),
     ({"rule": "sgd", "proj_type": "full", "carry": "keep"}, "sgd, two-sided"),
+]
+FRUGAL_INPUTS = [
+    *ADAM_INPUTS,
+    ({"update_proj_gap": 2, "projector": "svd", "free_space": "complement"}, "svd, complement"),
+    ({"update_proj_gap": 2, "projector": "randk", "carry": "rotate", "free_rule": "sgd"}, "entries, sgd"),
+    ({"update_proj_gap": 2, "projector": "blocks"}, "blocks"),
+    ({"density": 0.0}, "state-free"),
 ]
 ADAFACTOR_INPUTS = [
     ({}, "default"),
@@ -110,6 +127,7 @@ OPTIM_DB = {
     "GaLoreAdamW": record(GaLoreAdamW, ADAM_INPUTS, ADAM_ERRORS, rank=2),
     "Fira": record(Fira, ADAM_INPUTS, ADAM_ERRORS, rank=2, scale=1.0),
     "FiraAdamW": record(FiraAdamW, ADAM_INPUTS, ADAM_ERRORS, rank=2),
+    "Frugal": record(Frugal, FRUGAL_INPUTS, ADAM_ERRORS),
     "OnlineSubspaceDescent": record(OnlineSubspaceDescent, ADAM_INPUTS, ADAM_ERRORS, rank=2),
     "GaLorePlus": record(GaLorePlus, PLUS_INPUTS, ADAM_ERRORS, rank=2, residual_density=0.1, residual_warmup=2),
     "Flora": record(Flora, ADAFACTOR_INPUTS, ADAFACTOR_ERRORS, rank=2),
