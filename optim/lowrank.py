@@ -86,8 +86,6 @@ class LowRank(SubspaceOptimizer):
         self._declare(residual_density=residual_density, residual_warmup=residual_warmup)
         super().__init__(params, lr, betas, eps, weight_decay, **options)
 
-    linear_between_refreshes = True  # of groups without a residual
-
     def update(self, b: Bucket) -> None:
         """One step on a bucket of same-shape matrices."""
         group = self.param_groups[b.plan.group]

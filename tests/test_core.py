@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowmem.kernels import BACKENDS, dispatch, moments, pick, random, reference
+from lowmem.kernels import dispatch, moments, pick, random, reference
 from lowmem.optim.core import codec, factored, linalg
 from lowmem.optim.core.view import SIDES, MatrixView
 from torch import Tensor
@@ -123,7 +123,7 @@ def test_lion_and_momentum_follow_their_papers() -> None:
     assert out.data_ptr() != ball.data_ptr()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_pick_returns_a_working_adam(backend: str) -> None:
     grads, first, second = adam_inputs([(5, 3)], torch.float32)
     out = [torch.full((5, 3), math.nan)]
@@ -136,9 +136,10 @@ def test_pick_names_the_backends_that_would_do() -> None:
         pick("adam", torch.zeros(1), "nonsense")
 
 
-def test_every_operation_ends_with_one_that_runs_everywhere() -> None:
+def test_every_operation_has_one_in_torch_that_runs_everywhere() -> None:
     for implementations in dispatch.IMPLEMENTATIONS.values():
-        assert implementations[-1].runs_on(torch.zeros(1, dtype=torch.complex64))
+        torch_ones = [candidate for candidate in implementations if candidate.name == "torch"]
+        assert torch_ones[-1].runs_on(torch.zeros(1, dtype=torch.complex64))
 
 
 # --------------------------------------------------------------------------------------------------- random
