@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .core import blocks, selection, state
+from .core import blocks, selection, state, weight_norm
 from .core.bucket import Bucket
 from .core.free import Free, descend_, silence_, undivided_
 from .core.hyper import Hyper
@@ -147,7 +147,10 @@ class Frugal(SubspaceOptimizer):
         return selection.view(param, group)
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
-        if view is not None and view.rank == 0:
-            return {"step": counter()}
-        whole = view is not None and view.rank == view.b
-        return state.specs(param, None if whole else view, Hyper.of(group))
+        if view is None:
+            return super()._specs(param, view, group)
+        norms = weight_norm.specs(param, Hyper.of(group)) if group["weight_norm"] else {}
+        if view.rank == 0:
+            return {"step": counter(), **norms}
+        whole = view.rank == view.b
+        return {**state.specs(param, None if whole else view, Hyper.of(group)), **norms}

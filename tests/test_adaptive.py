@@ -261,3 +261,9 @@ def test_a_checkpoint_resumes_bit_for_bit_and_costs_four_numbers_a_row() -> None
 def test_weights_of_low_precision_are_refused() -> None:
     with pytest.raises(TypeError, match=r"got torch.bfloat16 .*model.float\(\)"):
         GaLore([nn.Parameter(randn(12, 8).bfloat16())], rank=3, weight_norm=True)
+    param = nn.Parameter(randn(12, 8))
+    optimizer = GaLore([param], rank=3, weight_norm=True)
+    param.data, param.grad = param.data.half(), None
+    param.grad = randn(12, 8).half()
+    with pytest.raises(TypeError, match=r"got torch.float16"):
+        optimizer.step()

@@ -21,6 +21,7 @@ from lowmem.optim import (
     GaLoreAdafactor,
     GaLoreAdamW,
     GaLorePlus,
+    LowRank,
     OnlineSubspaceDescent,
     param_groups,
 )
@@ -45,10 +46,13 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "galore_plus": lambda params, **options: GaLorePlus(
         params, **{"rank": 3, "residual_density": 0.1, "residual_warmup": 2, **options}
     ),
+    "lowrank": lambda params, **options: LowRank(
+        params, **{"rank": 3, "projector": "dct", "residual": "norm", "lazy": 0.5, **options}
+    ),
     "flora": lambda params, **options: Flora(params, **{"rank": 3, "lr": 1e-3, **options}),
     "adafactor": lambda params, **options: Adafactor(params, **{"lr": 1e-3, **options}),
 }
-SUBSPACE = ("galore", "galore_adamw", "galore_adafactor", "fira", "frugal", "online", "flora", "galore_plus")
+SUBSPACE = ("galore", "galore_adamw", "galore_adafactor", "fira", "frugal", "online", "flora", "galore_plus", "lowrank")
 every = pytest.mark.parametrize("name", OPTIMIZERS)
 
 

@@ -21,6 +21,7 @@ from lowmem.optim import (
     GaLore,
     GaLoreAdamW,
     GaLorePlus,
+    LowRank,
     OnlineSubspaceDescent,
 )
 from torch import Tensor
@@ -130,6 +131,8 @@ OPTIM_DB = {
     "Frugal": record(Frugal, FRUGAL_INPUTS, ADAM_ERRORS),
     "OnlineSubspaceDescent": record(OnlineSubspaceDescent, ADAM_INPUTS, ADAM_ERRORS, rank=2),
     "GaLorePlus": record(GaLorePlus, PLUS_INPUTS, ADAM_ERRORS, rank=2, residual_density=0.1, residual_warmup=2),
+    "LowRank": record(LowRank, ADAM_INPUTS, ADAM_ERRORS, rank=2, projector="columns", residual="signsgd"),
+    "LowRank-normalised": record(LowRank, ADAM_INPUTS, ADAM_ERRORS, rank=2, projector="track", weight_norm=True),
     "Flora": record(Flora, ADAFACTOR_INPUTS, ADAFACTOR_ERRORS, rank=2),
     "Adafactor": record(Adafactor, ADAFACTOR_INPUTS, ADAFACTOR_ERRORS),
 }

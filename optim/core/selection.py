@@ -76,7 +76,11 @@ def check(group: Group) -> None:
             "drop num_heads and pass projector='columns'"
         )
     whole = group["projector"] == "blocks"
-    foreign = {"proj_type": "std", "lazy": None, "stagger": False} if whole else {"block_order": None, "block_by": None}
+    foreign = (
+        {"proj_type": "std", "lazy": None, "stagger": False, "weight_norm": False}
+        if whole
+        else {"block_order": None, "block_by": None}
+    )
     for name, default in foreign.items():
         if group[name] != default:
             raise ValueError(

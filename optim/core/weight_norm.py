@@ -33,7 +33,8 @@ PREFIX = "norm_"
 
 
 def specs(param: Tensor, hyper: Hyper) -> dict[str, Spec]:
-    """Describe the state: two numbers a row, and the moments of the rule."""
+    """Describe the state: two numbers a row, and the moments of the rule; raises as `check`."""
+    check(param)
     rows = (param.shape[0],)
     names = {"weight": rows, "direction": rows, **RULES[hyper.rule].buffers(rows, hyper)}
     return {PREFIX + name: Spec(shape, param.dtype, param.device) for name, shape in names.items()}
@@ -43,12 +44,13 @@ def check(param: Tensor) -> None:
     """Refuse weights that scaling in place would round.
 
     Raises:
-        TypeError: The parameter is of low precision or not contiguous.
+        TypeError: The parameter is of low precision, or cannot be viewed as a matrix (a channels-last kernel).
     """
-    if param.ndim >= 2 and (param.dtype not in (torch.float32, torch.float64) or not param.is_contiguous()):
+    viewed = param.ndim <= 2 or param.is_contiguous()
+    if param.ndim >= 2 and (param.dtype not in (torch.float32, torch.float64) or not viewed):
         raise TypeError(
-            f"weight_norm=True scales weights in place, got {param.dtype} with strides {param.stride()}: keep the "
-            "weights contiguous in fp32 (model.float()), or drop the option"
+            f"weight_norm=True scales weights in place, got {param.dtype} with strides {param.stride()}: keep "
+            "contiguous weights in fp32 (model.float()), or drop the option"
         )
 
 
