@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from ..kernels import BACKENDS
 from .core.accumulation import Own, Random, Way
-from .core.hyper import check_choices
 from .core.seeded import DISTRIBUTIONS
+from .core.validate import check_choices
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "distribution": DISTRIBUTIONS,

@@ -12,9 +12,10 @@ from torch.optim.optimizer import ParamsT
 from .core import codec, factored
 from .core.basis import State
 from .core.bucket import Bucket
-from .core.hyper import check_adam, check_choices, scalar
+from .core.hyper import scalar
 from .core.lifecycle import Lifecycle
 from .core.spec import Spec, counter
+from .core.validate import check_adam, check_choices
 from .core.view import MatrixView
 
 CHOICES: dict[str, tuple[Any, ...]] = {

@@ -13,10 +13,11 @@ from ..kernels import BACKENDS
 from . import adafactor
 from .core import codec, factored
 from .core.bucket import Bucket
-from .core.hyper import check_choices, check_rank, scalar
+from .core.hyper import scalar
 from .core.lifecycle import Lifecycle
 from .core.seeded import DISTRIBUTIONS, SeededBasis, shortest_window
 from .core.spec import Spec, counter
+from .core.validate import check_choices, check_rank
 from .core.view import SIDES, MatrixView, matrix_shape, rank_of
 
 CHOICES: dict[str, tuple[Any, ...]] = {

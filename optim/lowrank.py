@@ -9,10 +9,10 @@ from torch.optim.optimizer import ParamsT
 
 from .core import free, residual, sparse
 from .core.bucket import Bucket
-from .core.hyper import check_choices
 from .core.optimizer import SubspaceOptimizer
 from .core.residual import Scaling
 from .core.spec import Spec
+from .core.validate import check_choices
 from .core.verbs import follow, inner, project, project_back_, refresh
 from .core.view import MatrixView
 

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowmem.optim import GaLore
 from lowmem.optim.core import projector as projectors
-from lowmem.optim.core.basis import Bases, Turn
+from lowmem.optim.core.basis import Bases
 from lowmem.optim.core.carry import carry_factored
+from lowmem.optim.core.change import Turn
 from lowmem.optim.core.projector import Request
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowmem.kernels import random
 from lowmem.optim import GaLore
-from lowmem.optim.core.basis import Match, Turn
+from lowmem.optim.core.change import Match, Turn
 from lowmem.optim.core.linalg import cholesky_qr, orthonormal
 from torch import Tensor, nn
 

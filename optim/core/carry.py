@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import codec
-from .basis import Change, State
+from .basis import State
 from .bucket import Bucket
+from .change import Change
 from .state import AGE
 
 

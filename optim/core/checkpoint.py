@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .projector import PROJECTORS
 from .spec import Spec
@@ -15,6 +16,7 @@ STRUCTURAL = ("rank", "density", "proj_type", "rule", "state_dtype")
 """Options that decide which state a parameter has: they cannot differ between a checkpoint and its reader."""
 
 Groups = Sequence[dict[str, Any]]
+StateDict = dict[str, Any]
 
 
 def merged_groups(ours: Groups, saved: Groups) -> Groups:
@@ -71,3 +73,40 @@ def restore(saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], 
             )
         loaded[name] = value.detach().to(device=spec.device, dtype=spec.dtype, copy=True)
     return loaded
+
+
+def load_keeping(
+    optimizer: Optimizer, load: Callable[[StateDict], None], state_dict: StateDict, settle: Callable[[StateDict], None]
+) -> None:
+    """Load a state dict by torch's own method, then settle its state; a refused one leaves the optimizer as it was.
+
+    By hooks, because torch's own hooks may replace the state dict on the way in and read the state on the way out.
+
+    Args:
+        optimizer: The optimizer.
+        load: torch's `load_state_dict` of it.
+        state_dict: What `state_dict()` returned.
+        settle: Replaces the state that torch has cast to the dtypes of the parameters; gets the uncast state dict.
+
+    Raises:
+        ValueError: The checkpoint is of another rank, side, rule or method.
+    """
+    raw: StateDict = {}
+
+    def check(_: Optimizer, loaded: StateDict) -> StateDict:
+        raw.update(loaded, param_groups=merged_groups(optimizer.param_groups, loaded["param_groups"]))
+        return raw
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(check),
+        optimizer.register_load_state_dict_post_hook(lambda _: settle(raw), prepend=True),
+    ]
+    before = {"state": optimizer.state, "param_groups": optimizer.param_groups}
+    try:
+        load(state_dict)
+    except ValueError:
+        optimizer.__setstate__(before)
+        raise
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import random
-from .basis import DENSE, Bases, Basis, Change, State, Step, Turn
+from .basis import DENSE, Bases, Basis, State, Step
+from .change import Change, Turn
 from .spec import Spec
 from .view import MatrixView
 

@@ -12,13 +12,14 @@ from torch.optim.optimizer import ParamsT
 
 from . import state
 from .bucket import Bucket, Plan
-from .checkpoint import STRUCTURAL, merged_groups, restore
+from .checkpoint import STRUCTURAL, load_keeping, restore
 from .cross_head import check_rows
-from .hyper import Hyper, check_subspace, normalise
+from .hyper import Hyper, normalise
 from .plain import plain_
 from .planning import make_plans
 from .spec import Spec
 from .summary import Summary, summarise
+from .validate import check_subspace
 from .view import MatrixView, matrix_shape
 
 
@@ -243,29 +244,7 @@ class Lifecycle(Optimizer):
         Raises:
             ValueError: The checkpoint is of another rank, side, rule or method; nothing is loaded.
         """
-        raw: dict[Any, Any] = {}
-
-        def check(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            raw.update(loaded, param_groups=merged_groups(self.param_groups, loaded["param_groups"]))
-            return raw
-
-        def settle(_: Optimizer) -> None:
-            self._restore(raw)
-
-        # Hooks, because torch's own hooks may replace the state dict on the way in and read the state on the way out.
-        handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(settle, prepend=True),
-        ]
-        before = {"state": self.state, "param_groups": self.param_groups}
-        try:
-            super().load_state_dict(state_dict)
-        except ValueError:
-            self.__setstate__(before)
-            raise
-        finally:
-            for handle in handles:
-                handle.remove()
+        load_keeping(self, super().load_state_dict, state_dict, self._restore)
 
     def _restore(self, loaded: dict[str, Any]) -> None:
         order = [key for group in loaded["param_groups"] for key in group["params"]]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .bucket import Bucket
 from .codec import work_dtype
-from .hyper import check_choices
 from .spec import Spec
+from .validate import check_choices
 
 TINY = 1e-8
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from . import blocks
 from .basis import INDEX
 from .free import FREE_RULES, FREE_SPACES
-from .hyper import Hyper, check_choices
+from .hyper import Hyper
+from .validate import check_choices
 from .view import MatrixView, matrix_shape
 
 CHOICES: dict[str, tuple[Any, ...]] = {

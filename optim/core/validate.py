@@ -1,0 +1,134 @@
+"""Validation of the options of a parameter group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ...kernels import BACKENDS
+from .adaptive import AUTO
+from .basis import DENSE
+from .codec import STATE_DTYPES
+from .cross_head import check_heads
+from .descend import BASIS_RULES
+from .projector import PROJECTORS
+from .rules import RULES
+from .view import SIDES
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "proj_type": SIDES,
+    "projector": tuple(PROJECTORS),
+    "carry": (None, "keep", "rotate", "reset"),
+    "rule": tuple(RULES),
+    "state_dtype": (None, *STATE_DTYPES),
+    "gemm_dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
+    "rounding": ("nearest",),
+    "backend": BACKENDS,
+    "compat": (None, "official"),
+    "proj_rule": tuple(BASIS_RULES),
+    "proj_init": ("sketch", "svd", "random"),
+}
+
+UNSUPPORTED = ("amsgrad", "capturable", "differentiable")
+"""Switches of torch.optim.AdamW that may be present in a group but not on."""
+
+
+def check_adam(group: Mapping[str, Any]) -> None:
+    """Validate what every optimizer shares with torch.optim.AdamW, with torch's own messages."""
+    lr, eps = group["lr"], group["eps"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not 0.0 <= float(lr) < float("inf"):
+        raise ValueError(f"Invalid learning rate: {lr}")
+    if isinstance(lr, Tensor) and group.get("foreach"):
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+    if group.get("foreach") and group.get("fused"):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    for value in eps if isinstance(eps, (tuple, list)) else (eps,):
+        if value is not None and not 0.0 <= value < float("inf"):
+            raise ValueError(f"Invalid epsilon value: {value}")
+    for index, beta in enumerate(group.get("betas", ())):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
+    if not 0.0 <= group["weight_decay"] < float("inf"):
+        raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
+    for name in UNSUPPORTED:
+        if group.get(name):
+            raise ValueError(f"{name}=True is not supported by this optimizer; drop it or pass {name}=False")
+
+
+def check_subspace(group: Mapping[str, Any]) -> None:
+    """Validate the options of a subspace method.
+
+    Raises:
+        ValueError: A value is out of range or not one of the choices.
+    """
+    check_adam(group)
+    check_choices(group, CHOICES)
+    check_rank(group)
+    if not 0.0 < group["scale"] < float("inf"):
+        raise ValueError(f"Invalid scale: {group['scale']}; need a positive number")
+    _check_projector(group)
+    if group.get("dim", 2) != 2:
+        raise ValueError(f"Invalid dim: {group['dim']}; drop the key, more dimensions are viewed as a matrix")
+
+
+def check_rank(group: Mapping[str, Any]) -> None:
+    """Validate the size of a subspace and the time that it lasts."""
+    _check_open_rank(group)
+    _check_positive_int("update_proj_gap", group["update_proj_gap"])
+    density = group.get("density")
+    if density is not None and not 0.0 < density <= 1.0:
+        raise ValueError(f"Invalid density: {density}; need 0 < density <= 1, the rank as a share of the smaller side")
+    if density is not None and group.get("rank") is not None:
+        raise ValueError(f"rank={group['rank']} and density={density} contradict each other: keep one of them")
+
+
+def _check_open_rank(group: Mapping[str, Any]) -> None:
+    rank, energy, budget = group.get("rank"), group.get("energy"), group.get("budget")
+    if rank != AUTO:
+        _check_positive_int("rank", rank, optional=True)
+        if rank is not None and (energy is not None or budget is not None):
+            raise ValueError(f"energy={energy}, budget={budget} contradict rank={rank}: drop them, or pass rank='auto'")
+        return
+    if energy is None and budget is None:
+        raise ValueError("rank='auto' needs a target: pass energy=0.9, or budget=BYTES of state, or both")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ValueError(f"Invalid energy: {energy}; need a share of the gradient's energy, 0 < energy <= 1")
+    _check_positive_int("budget", budget, optional=True)
+
+
+def _check_projector(group: Mapping[str, Any]) -> None:
+    projector, side, lazy = PROJECTORS[group["projector"]], group["proj_type"], group.get("lazy")
+    if projector.side is not None and side not in ("std", projector.side):
+        raise ValueError(f"projector={group['projector']!r} chooses its own side: drop proj_type={side!r}")
+    if side == "full" and (projector.basis is not DENSE):
+        raise ValueError(
+            f"proj_type='full' needs two dense bases, projector={group['projector']!r} has none: choose "
+            "proj_type='std', or projector='sketch', 'svd', 'track' or 'random'"
+        )
+    check_heads(group)
+    if lazy is not None and not 0.0 <= lazy <= 1.0:
+        raise ValueError(f"Invalid lazy: {lazy}; need an overlap between 0 and 1, or None")
+    if lazy is not None and group["projector"] == "descend":
+        raise ValueError(f"lazy={lazy}: projector='descend' is never refreshed, drop the option")
+    for name in ("proj_ratio", "proj_weight_decay", "ortho"):
+        if name in group and not 0.0 <= group[name] < float("inf"):
+            raise ValueError(f"Invalid {name}: {group[name]}; need a number of at least 0")
+
+
+def check_choices(group: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Check every option that is one of a few values."""
+    for name, choices in allowed.items():
+        if name in group and group[name] not in choices:
+            names = ", ".join(repr(choice) for choice in choices if choice is not None)
+            raise ValueError(f"Invalid {name}: {group[name]!r}; choose one of {names}")
+
+
+def _check_positive_int(name: str, value: Any, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"Invalid {name}: {value!r}; need an integer of at least 1")
