@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .core import codec, factored
+from .core.apply import move_
 from .core.basis import State
 from .core.bucket import Bucket
 from .core.hyper import scalar
@@ -217,7 +218,7 @@ class Adafactor(Lifecycle):
         if o.momentum_on == "update":
             update.mul_(alpha)
         rate = {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by]
-        factored.descend_(param, update, 1 - o.weight_decay * rate if o.weight_decay else 1.0)
+        move_(param, update, 1 - o.weight_decay * rate if o.weight_decay else 1.0)
 
     def _validate(self, group: dict[str, Any]) -> None:
         check_choices(group, CHOICES)

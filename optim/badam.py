@@ -30,7 +30,7 @@ class BAdam(Frugal):
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled, of active layers only.
-        rank: Layers active at a time.
+        rank: Layers active at a time, 1 where no `density` says it as a share.
         update_proj_gap: K, steps of a layer.
         block_order: Order of the layers: "random", "ascending", "descending", "mirror" or "iid".
         block_by: "layer", or "tensor" to take single matrices in turn.
@@ -52,13 +52,15 @@ class BAdam(Frugal):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        rank: int | None = 1,
+        rank: int | None = None,
         update_proj_gap: int = 100,
         block_order: str = "random",
         block_by: str = "layer",
         free_rule: str = "freeze",
         **options: Any,
     ) -> None:
+        if rank is None and options.get("density") is None:
+            rank = 1
         options |= {"rank": rank, "update_proj_gap": update_proj_gap, "block_order": block_order, "block_by": block_by}
         super().__init__(
             params, lr, betas, eps, weight_decay, projector="blocks", scale=1.0, free_rule=free_rule, **options
@@ -105,5 +107,7 @@ class LISA(BAdam):
         carry: str = "keep",
         **options: Any,
     ) -> None:
+        if "rank" in options:
+            raise ValueError(f"rank={options['rank']}: LISA calls it layers, pass layers={options['rank']}")
         options = {"block_order": "iid", **options, "rank": layers, "update_proj_gap": update_proj_gap, "carry": carry}
         super().__init__(params, lr, betas, eps, weight_decay, **options)

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from ..kernels import BACKENDS
 from . import adafactor
 from .core import codec, factored
+from .core.apply import move_
 from .core.bucket import Bucket
 from .core.hyper import scalar
 from .core.lifecycle import Lifecycle
@@ -246,4 +247,4 @@ def move(b: Bucket, index: int, update: Tensor, o: Options) -> None:
     param = b.params[index]
     alpha = adafactor.step_size(param, int(b.states[index]["step"]), o)
     factored.clip_(update, o.clip_threshold).mul_(alpha)
-    factored.descend_(param, update.reshape(param.shape), 1 - o.weight_decay * alpha if o.weight_decay else 1.0)
+    move_(param, update.reshape(param.shape), 1 - o.weight_decay * alpha if o.weight_decay else 1.0)

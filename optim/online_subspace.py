@@ -77,6 +77,13 @@ class OnlineSubspaceDescent(SubspaceOptimizer):
         self._declare(proj_weight_decay=proj_weight_decay, ortho=ortho)
         super().__init__(params, lr, betas, eps, weight_decay, scale=scale, projector="descend", **options)
 
+    def _validate(self, group: dict[str, Any]) -> None:
+        super()._validate(group)
+        usual = {"projector": "descend", "carry": None, "stagger": False, "update_proj_gap": 200, "compat": None}
+        refused = [name for name, value in usual.items() if group[name] != value]
+        if refused:
+            raise ValueError(f"{', '.join(refused)}: the basis is never refreshed, drop the option")
+
     def update(self, b: Bucket) -> None:
         """One step of Online Subspace Descent on a bucket of same-shape matrices."""
         refresh(b)  # P_1, once                       (b, r)

@@ -92,6 +92,8 @@ def head_groups(
     Raises:
         ValueError: Nothing is matched, no layer is a query or key layer, or the config does not tell their heads.
     """
+    if options.pop("named", False):
+        raise ValueError("named=True: head_groups returns parameters without names, which no method with heads needs")
     *plain, projected = param_groups(model, rank, targets, **options)
     chosen = {id(param) for param in projected["params"]}
     heads: dict[int, int | tuple[tuple[int, int | None], ...]] = {}

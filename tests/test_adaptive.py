@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowmem.optim import Fira, GaLore
+from lowmem.optim import Fira, GaLore, GaLorePlus
 from lowmem.optim.core import projector as projectors
 from lowmem.optim.core.adaptive import Candidate, ranks, spectrum
 from lowmem.optim.core.basis import Bases
@@ -43,10 +43,10 @@ def low_rank(m: int, n: int, rank: int, seed: int = 0) -> Tensor:
 def test_a_budget_is_kept_and_no_exchange_of_directions_would_hold_more(
     sizes: list[tuple[int, float, int]], slack: int
 ) -> None:
-    candidates = [Candidate(shares(size, fall), cost) for size, fall, cost in sizes]
-    budget = sum(c.cost for c in candidates) + slack
+    candidates = [Candidate(shares(size, fall), cost, cost + 3) for size, fall, cost in sizes]
+    budget = sum(c.least for c in candidates) + slack
     chosen = ranks(candidates, None, budget)
-    spent = sum(rank * c.cost for rank, c in zip(chosen, candidates, strict=True))
+    spent = sum(c.least + (rank - 1) * c.cost for rank, c in zip(chosen, candidates, strict=True))
     assert spent <= budget
     assert all(1 <= rank < max(len(c.shares), 2) for rank, c in zip(chosen, candidates, strict=True))
     last = [c.shares[rank - 1] / c.cost for rank, c in zip(chosen, candidates, strict=True) if rank > 1]
@@ -65,14 +65,14 @@ def test_a_budget_is_kept_and_no_exchange_of_directions_would_hold_more(
 @given(size=st.integers(2, 40), fall=falls, energy=st.floats(0.05, 1.0))
 def test_an_energy_target_takes_the_fewest_directions_that_reach_it(size: int, fall: float, energy: float) -> None:
     whole = shares(size, fall)
-    (rank,) = ranks([Candidate(whole, 1)], energy, None)
+    (rank,) = ranks([Candidate(whole, 1, 1)], energy, None)
     assert rank == size - 1 or whole[:rank].sum() >= energy - 1e-9
     assert rank == 1 or whole[: rank - 1].sum() < energy
 
 
 def test_a_budget_that_is_too_small_says_what_it_takes() -> None:
     with pytest.raises(ValueError, match=r"budget=10 bytes is too little.*takes 14"):
-        ranks([Candidate(shares(4, 1.0), 7)] * 2, None, 10)
+        ranks([Candidate(shares(4, 1.0), 7, 7)] * 2, None, 10)
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (1, 4)])
@@ -150,13 +150,59 @@ def test_the_ranks_are_unknown_before_the_first_step() -> None:
         ({"rank": "auto"}, "needs a target: pass energy=0.9"),
         ({"rank": "auto", "energy": 1.5}, "Invalid energy: 1.5"),
         ({"rank": "auto", "budget": 0}, "Invalid budget: 0"),
-        ({"rank": 4, "energy": 0.9}, "energy=0.9, budget=None contradict rank=4"),
+        ({"rank": 4, "energy": 0.9}, "energy=0.9, budget=None choose ranks, and no group has rank='auto'"),
+        ({"rank": "auto", "energy": 0.9, "proj_type": "full"}, "state grows with the square of the rank"),
         ({"rank": "all"}, "Invalid rank: 'all'"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GaLore([nn.Parameter(randn(9, 7))], **options)
+
+
+def test_a_group_waits_for_a_gradient_that_tells() -> None:
+    optimizer, params = auto(energy=0.9)
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert "ranks" not in optimizer.param_groups[0]
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    give(params, 0)
+    optimizer.step()
+    assert optimizer.param_groups[0]["ranks"][0] == 1
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [
+        (GaLore, {"weight_norm": True, "budget": 6000}),
+        (GaLore, {"projector": "dct", "budget": 5000}),
+        (GaLorePlus, {"residual_density": 0.1, "residual_warmup": 1, "budget": 20_000}),
+        (Fira, {"rule": "lion", "budget": 3000}),
+    ],
+)
+def test_all_state_is_within_the_budget(build: type[GaLore], options: dict[str, Any]) -> None:
+    param = nn.Parameter(randn(64, 48))
+    optimizer = build([param], rank="auto", **options)
+    param.grad = randn(64, 48, seed=1)
+    for _ in range(3):
+        optimizer.step()
+        held = optimizer.state[param]
+        assert sum(value.numel() * value.element_size() for value in held.values() if value.dim()) <= options["budget"]
+    assert held["basis"].shape[-1] > 1
+
+
+def test_groups_with_and_without_a_rank_of_their_own_go_together() -> None:
+    params = [nn.Parameter(randn(24, 16, seed=i)) for i in range(2)]
+    optimizer = GaLore([{"params": params[:1], "rank": "auto"}, {"params": params[1:], "rank": 4}], energy=0.9)
+    for param in params:
+        param.grad = low_rank(24, 16, 2)
+    optimizer.step()
+    assert [optimizer.state[param]["basis"].shape[1] for param in params] == [2, 4]
+    again = GaLore(optimizer.param_groups)
+    again.step()
+    assert again.state[params[0]]["basis"].shape[1] == 2
 
 
 # --------------------------------------------------------------------------------------------- weight normalisation
@@ -223,6 +269,20 @@ def test_the_gradient_of_the_direction_is_tangential(monkeypatch: pytest.MonkeyP
         optimizer.step()
     for grad, direction in seen:
         assert (grad * direction).sum(1).abs().max() < 1e-12
+
+
+def test_a_reset_of_the_moments_does_not_restart_the_lengths() -> None:
+    moved = []
+    for carry in ("keep", "reset"):
+        param = nn.Parameter(randn(12, 8))
+        options = {"weight_norm": True, "weight_decay": 0.0, "update_proj_gap": 5, "carry": carry}
+        optimizer = GaLore([param], lr=0.01, rank=4, projector="random", **options)
+        for _ in range(6):
+            before = param.detach().norm(dim=1)
+            param.grad = param.detach() / before[:, None]
+            optimizer.step()
+        moved.append(before - param.detach().norm(dim=1))
+    torch.testing.assert_close(*moved)
 
 
 def test_rows_of_zeros_and_bad_gradients_do_no_harm() -> None:

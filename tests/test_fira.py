@@ -161,3 +161,13 @@ def test_the_preset_takes_the_official_groups() -> None:
     optimizer = FiraAdamW(groups, lr=1e-2)
     assert optimizer.param_groups[1]["scale"] == 0.25
     assert [row.side for row in optimizer.summary()] == ["plain", "right"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_zero_gradient_does_no_harm_in_low_precision(dtype: torch.dtype) -> None:
+    param = torch.nn.Parameter(randn(16, 12).to(dtype))
+    optimizer = Fira([param], lr=1e-2, rank=3)
+    for grad in (randn(16, 12, seed=1), randn(16, 12, seed=2), torch.zeros(16, 12), 2e-7 * randn(16, 12, seed=3)):
+        param.grad = grad.to(dtype)
+        optimizer.step()
+        assert param.isfinite().all()

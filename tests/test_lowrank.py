@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from lowmem.optim import Fira, Frugal, GaLore, GaLorePlus, LowRank, OnlineSubspaceDescent
-from lowmem.optim.core.validate import CHOICES
 from lowmem.optim.core.projector import PROJECTORS
+from lowmem.optim.core.validate import CHOICES
 from lowmem.optim.lowrank import CHOICES as OWN
 from torch import Tensor, nn
 

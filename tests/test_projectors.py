@@ -190,6 +190,27 @@ def test_a_lazy_interval_survives_a_checkpoint() -> None:
     assert other.state[params[1]]["interval"] == one.state[params[0]]["interval"] == 8
 
 
+def test_staggered_lazy_intervals_are_no_shorter_than_the_gap() -> None:
+    params = [nn.Parameter(torch.zeros(20, 12)) for _ in range(4)]
+    optimizer = GaLore(params, rank=3, update_proj_gap=20, lazy=0.0, stagger=True)
+    for _ in range(100):
+        for param in params:
+            param.grad = randn(20, 12)
+        optimizer.step()
+    assert max(int(optimizer.state[param]["refreshes"]) for param in params) <= 4
+
+
+@pytest.mark.parametrize("projector", ["track", "sketch", "dct", "columns"])
+def test_large_half_precision_gradients_stay_finite(projector: str) -> None:
+    param = nn.Parameter(torch.zeros(256, 128, dtype=torch.float16))
+    optimizer = GaLore([param], lr=1e-3, rank=8, projector=projector, update_proj_gap=1)
+    for step in range(4):
+        param.grad = (500 + randn(256, 128, seed=step)).half()
+        optimizer.step()
+        assert param.isfinite().all()
+        assert optimizer.state[param]["basis"].isfinite().all()
+
+
 # --------------------------------------------------------------------------------------------- orthonormalisation
 
 HOSTILE = {

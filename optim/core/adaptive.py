@@ -32,18 +32,20 @@ class Candidate(NamedTuple):
 
     Args:
         shares: Share of the energy by direction, falling, (min(m, n),).
-        cost: Bytes of state that one direction costs.
+        cost: Bytes of state that one direction more costs.
+        least: Bytes of state with one direction.
     """
 
     shares: Tensor
     cost: int
+    least: int
 
 
 def choose_ranks(group: dict[str, Any], cost: Cost) -> list[int]:
     """Choose the rank of every parameter of a group, 0 for those that are not projected.
 
     Args:
-        group: The group, with `energy` and `budget`; parameters without a gradient count as having a flat spectrum.
+        group: The group, with `energy` and `budget`; a gradient that does not tell counts as having a flat spectrum.
         cost: Bytes of state of a parameter of the group at a rank, None where it cannot have it.
 
     Raises:
@@ -53,14 +55,20 @@ def choose_ranks(group: dict[str, Any], cost: Cost) -> list[int]:
     for place, param in enumerate(group["params"]):
         one, two = (cost(param, rank, group) for rank in (1, 2))
         if one is not None:
-            step = one if two is None else two - one
             grad = torch.zeros(param.shape) if param.grad is None else param.grad
-            candidates.append(Candidate(spectrum(grad.reshape(matrix_shape(param.shape))), step))
+            shares = spectrum(grad.reshape(matrix_shape(param.shape)))
+            candidates.append(Candidate(shares, one if two is None else two - one, one))
             places.append(place)
     chosen = [0] * len(group["params"])
     for place, rank in zip(places, ranks(candidates, group["energy"], group["budget"]), strict=True):
         chosen[place] = rank
     return chosen
+
+
+def tells(param: Tensor) -> bool:
+    """Whether the gradient of a parameter says anything of its rank."""
+    grad = param.grad
+    return param.ndim >= 2 and grad is not None and bool(grad.isfinite().all() and grad.any())
 
 
 def rank_in(group: dict[str, Any], param: Tensor) -> int:
@@ -101,7 +109,7 @@ def ranks(candidates: Sequence[Candidate], energy: float | None, budget: int | N
     limits = [_limit(candidate.shares, energy) for candidate in candidates]
     if budget is None:
         return limits
-    least = sum(candidate.cost for candidate in candidates)
+    least = sum(candidate.least for candidate in candidates)
     if least > budget:
         raise ValueError(f"budget={budget} bytes is too little: one direction of every matrix takes {least}")
     owners = torch.cat([torch.full((limit - 1,), i) for i, limit in enumerate(limits)])

@@ -53,3 +53,13 @@ def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
         return 1.0, 1 - scaled * hyper.weight_decay
     decay = 1 - lr * hyper.weight_decay
     return (lr * decay if hyper.official else lr), decay
+
+
+def move_(weight: Tensor, update: Tensor, decay: float | Tensor = 1.0) -> None:
+    """`X <- decay X - U` in the dtype of U, rounded once."""
+    work = weight.to(update.dtype)
+    if isinstance(decay, Tensor) or decay != 1.0:
+        work.mul_(decay)
+    work.sub_(update)
+    if work is not weight:
+        weight.copy_(work)

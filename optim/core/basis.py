@@ -19,6 +19,7 @@ from ...kernels import random
 from . import linalg
 from .change import Change, Match, Turn
 from .spec import Spec
+from .tiles import row_blocks
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -170,13 +171,16 @@ class Cosine(Index):
 
 
 def _multiply(matrix: Tensor, basis: Tensor, gemm: torch.dtype, out: Tensor, left: Tensor | None = None) -> None:
-    matrix = matrix.to(gemm)
-    if left is None and out.dtype == gemm:
-        torch.mm(matrix, basis.to(gemm), out=out)
-        return
+    """`R <- A P` or `Q^T A P`; a matrix of another dtype is converted a block of rows at a time."""
+    basis = basis.to(gemm)
     if left is not None:
-        matrix = left.to(gemm).T @ matrix  # (r, b)
-    out.copy_(matrix @ basis.to(gemm))
+        parts = [left[rows].to(gemm).T @ (matrix[rows].to(gemm) @ basis) for rows in row_blocks(matrix, gemm)]
+        out.copy_(torch.stack(parts).sum(0))  # (r, r)
+    elif out.dtype == gemm == matrix.dtype:
+        torch.mm(matrix, basis, out=out)
+    else:
+        for rows in row_blocks(matrix, gemm):
+            out[rows] = (matrix[rows].to(gemm) @ basis).to(out.dtype)
 
 
 def _addmm_(weight: Tensor, direction: Tensor, basis: Tensor, step: Step) -> None:
@@ -190,8 +194,10 @@ def _addmm_(weight: Tensor, direction: Tensor, basis: Tensor, step: Step) -> Non
         decay = 1.0
     if direction.dtype == weight.dtype:
         weight.addmm_(*factors, beta=decay, alpha=step.alpha)
-    else:
-        weight.mul_(decay).add_(factors[0] @ factors[1], alpha=step.alpha)
+        return
+    for rows in row_blocks(weight, direction.dtype):  # rounded once
+        product = (factors[0][rows] @ factors[1]).mul_(step.alpha)
+        weight[rows] = product.add_(weight[rows].to(product.dtype), alpha=decay)
 
 
 DENSE, INDEX, COSINE = Dense(), Index(), Cosine()

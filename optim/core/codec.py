@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STATE_DTYPES = ("float32", "bfloat16", "float16", "float64", "parameter")
-"""Values of the option `state_dtype`; the last is the parameter's own dtype."""
+STATE_DTYPES = ("float32", "bfloat16", "float64", "parameter")
+"""Values of the option `state_dtype`; the last is the parameter's own dtype. In fp16 second moments would underflow."""
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:

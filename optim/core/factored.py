@@ -57,16 +57,6 @@ def clip_(update: Tensor, threshold: float | None) -> Tensor:
     return update.div_((rms(update) / threshold).clamp_(min=1.0))
 
 
-def descend_(weight: Tensor, update: Tensor, decay: float | Tensor = 1.0) -> None:
-    """`X <- decay X - U` in the dtype of U, rounded once."""
-    work = weight.to(update.dtype)
-    if isinstance(decay, Tensor) or decay != 1.0:
-        work.mul_(decay)
-    work.sub_(update)
-    if work is not weight:
-        weight.copy_(work)
-
-
 def relative_step(t: int, cap: float | Tensor, *, warmup_init: bool = False) -> float | Tensor:
     """`rho_t = min(cap, 1 / sqrt(t))`; with `warmup_init` the cap grows as 1e-6 t."""
     limit = 1e-6 * t if warmup_init else cap

@@ -103,7 +103,8 @@ class Hyper:
     @property
     def counts_coordinates(self) -> bool:
         """Coordinates that stay keep their own age at a refresh, which Adam's bias correction needs."""
-        return self.rule == "adamw" and self.carry == "rotate" and self.basis.counted
+        plain = self.rule == "adamw" and not self.official
+        return plain and self.carry == "rotate" and self.basis.counted
 
     def rank_for(self, shape: tuple[int, int]) -> int | None:
         """Rank of a matrix of this shape, or None where the group is plain."""

@@ -92,7 +92,7 @@ class Lifecycle(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        normalise(param_group, frozenset(self.defaults))
+        normalise(param_group, frozenset({*self.defaults, "ranks"}))
         inherited = dict(self.defaults)
         if "density" in param_group:
             inherited["rank"] = None
@@ -187,13 +187,20 @@ class Lifecycle(Optimizer):
         self._prepare()
         hypers = [self._hyper(group) for group in self.param_groups]
         for plan in self._planned():
+            if self._waits(self.param_groups[plan.group]):
+                continue
             bucket = self._bucket(plan, hypers[plan.group])
             if bucket.params:
                 (self.plain if plan.view is None else self._project)(bucket)
+        self._low_grads.clear()
         return loss
 
     def _prepare(self) -> None:
         """Do what must precede the sorting into buckets."""
+
+    def _waits(self, group: dict[str, Any]) -> bool:
+        """Tell whether a group cannot be stepped yet."""
+        return False
 
     def _project(self, b: Bucket) -> None:
         """Step a bucket of projected matrices, in whatever coordinates."""

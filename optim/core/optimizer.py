@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import weight_norm
-from .adaptive import AUTO, choose_ranks, rank_in
+from .adaptive import AUTO, choose_ranks, rank_in, tells
 from .bucket import Bucket
 from .lifecycle import Lifecycle
 from .spec import Spec
@@ -61,12 +61,25 @@ class SubspaceOptimizer(Lifecycle):
         numerics = {"state_dtype": state_dtype, "gemm_dtype": gemm_dtype, "rounding": rounding, "backend": backend}
         torch_form = {"maximize": maximize, "foreach": foreach, "fused": fused}
         super().__init__(params, adam | subspace | schedule | search | numerics | torch_form | {"compat": compat})
+        if (energy is not None or budget is not None) and not any(group["rank"] == AUTO for group in self.param_groups):
+            raise ValueError(f"energy={energy}, budget={budget} choose ranks, and no group has rank='auto': pass it")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one with a rank of its own does not inherit a target for ranks."""
+        if isinstance(param_group, dict) and param_group.get("rank", AUTO) != AUTO:
+            param_group.setdefault("energy", None)
+            param_group.setdefault("budget", None)
+        super().add_param_group(param_group)
 
     def _prepare(self) -> None:
         """Choose the ranks of groups that leave them open, from the gradients of their first step."""
         for group in self.param_groups:
-            if group["rank"] == AUTO and "ranks" not in group:
+            if self._waits(group) and any(tells(param) for param in group["params"]):
                 group["ranks"] = choose_ranks(group, self._bytes_at)
+
+    def _waits(self, group: dict[str, Any]) -> bool:
+        """A group whose ranks are open stands still until a gradient tells something of them."""
+        return group["rank"] == AUTO and "ranks" not in group
 
     def _bytes_at(self, param: Tensor, rank: int, group: dict[str, Any]) -> int | None:
         """Bytes of state that an eligible parameter takes at a rank; None where it cannot have it."""
@@ -91,7 +104,7 @@ class SubspaceOptimizer(Lifecycle):
 
     def _admit(self, param: Tensor, group: dict[str, Any]) -> None:
         super()._admit(param, group)
-        if group["weight_norm"]:
+        if group["weight_norm"] and self._view(param, group) is not None:
             weight_norm.check(param)
 
     def _project(self, b: Bucket) -> None:
@@ -106,6 +119,6 @@ class SubspaceOptimizer(Lifecycle):
         Raises:
             RuntimeError: Ranks are not chosen yet.
         """
-        if any(group["rank"] == AUTO and "ranks" not in group for group in self.param_groups):
+        if any(self._waits(group) for group in self.param_groups):
             raise RuntimeError("rank='auto' is decided by the gradients of the first step: call summary() after it")
         return super().summary()

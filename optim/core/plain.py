@@ -9,13 +9,11 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from . import state
-from .apply import count_step, rates, run_rule
+from .apply import count_step, move_, rates, run_rule
 from .basis import State
 from .bucket import Bucket
 from .rules import Work, single_eps
-
-CHUNK = 1 << 18
-"""Elements that an elementwise rule takes at a time, so that its working copies stay in the cache."""
+from .tiles import CHUNK
 
 
 def plain_(b: Bucket) -> None:
@@ -63,7 +61,7 @@ def _by_rule(b: Bucket) -> None:
         step = torch.empty_like(work)
         signed = -work if b.hyper.maximize else work
         run_rule(b, Work([signed], [held], [t], [param], [step]), [(b.positions[0], t, piece)])
-        param.copy_((param.to(b.dtype) * decay).sub_(step.mul_(lr)))
+        move_(param, step.mul_(lr), decay)
 
 
 def _pieces(b: Bucket) -> Iterator[tuple[Tensor, Tensor, State]]:

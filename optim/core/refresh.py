@@ -58,9 +58,8 @@ def follow(b: Bucket, low: Tensor) -> None:
 def _find(b: Bucket, index: int, scale: Tensor) -> None:
     held, hyper = b.states[index], b.hyper
     done = int(held["refreshes"])
-    matrix = b.matrix(index)
     request = Request(
-        matrix=matrix.float() if matrix.dtype == torch.float16 else matrix,
+        matrix=_wide(b.matrix(index)),
         scale=scale,
         view=b.view,
         layout=b.layout,
@@ -82,17 +81,22 @@ def _track(b: Bucket, index: int, low: Tensor) -> None:
     Follows a drifting subspace at short intervals (`update_proj_gap=10`), where a cheap step often keeps more of the
     gradient's energy than an exact basis now and then (arXiv 2410.16103 does so in every step).
     """
-    matrix, held = b.matrix(index), b.states[index]
+    matrix, held = _wide(b.matrix(index)), b.states[index]
     image = linalg.product(matrix, held["basis"].to(b.dtype)) if b.view.full else low  # A P (a, r)
     scale = image.abs().amax()
-    if not scale.isfinite() or scale < torch.finfo(b.dtype).tiny:
-        held["skipped_refreshes"] += 1
-        return
     adjoint = b.layout.sum_rows(linalg.product(matrix.T, image / scale))
     largest = adjoint.abs().amax()
+    if not (scale.isfinite() and largest.isfinite()) or scale < torch.finfo(b.dtype).tiny:
+        held["skipped_refreshes"] += 1
+        return
     basis = linalg.orthonormal(adjoint / torch.where(largest > 0, largest, 1.0))
     left = linalg.orthonormal(linalg.product(matrix, basis) / scale) if b.view.full else None
     _adopt(b, index, Bases(basis, left))
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """A gradient in a dtype whose range holds sums of its products."""
+    return matrix.float() if matrix.dtype == torch.float16 else matrix
 
 
 def _adopt(b: Bucket, index: int, new: Bases) -> None:
@@ -103,7 +107,7 @@ def _adopt(b: Bucket, index: int, new: Bases) -> None:
         change = b.basis.change(held, new)
         carry_moments(b, held, change)
         if hyper.lazy is not None and change.overlap() >= hyper.lazy:
-            interval = min(2 * float(held[INTERVAL]), LAZIEST * interval)
+            interval = min(2 * max(float(held[INTERVAL]), interval), LAZIEST * interval)
     elif hyper.stagger:
         interval -= b.offsets[index]
     b.basis.store(held, new)

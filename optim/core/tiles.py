@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .plain import CHUNK
-
+CHUNK = 1 << 18
+"""Elements of a tile on a CPU, so that its working copies stay in the cache."""
 GPU_CHUNK = 1 << 24
-"""Elements of a tile on a GPU, where fewer launches count for more."""
+"""The same on a GPU, where fewer launches count for more."""
 NOISE = 2, 256
 """Roundings of products and of bases, of an average entry of a row, up to which E = A - R P^T is taken for zero."""
 
@@ -78,6 +78,15 @@ def tiles(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
     for row in range(0, a, height):
         for col in range(0, b, width):
             yield slice(row, row + height), slice(col, col + width)
+
+
+def row_blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Cut a matrix into blocks of whole rows of bounded size, into one where it has this dtype already."""
+    a, b = matrix.shape
+    limit = CHUNK if matrix.device.type == "cpu" else GPU_CHUNK
+    height = max(1, a if matrix.dtype == dtype else limit // max(b, 1))
+    for row in range(0, a, height):
+        yield slice(row, row + height)
 
 
 def product(one: Tensor, other: Tensor, gemm: torch.dtype) -> Tensor:

@@ -49,6 +49,8 @@ def check_adam(group: Mapping[str, Any]) -> None:
     for value in eps if isinstance(eps, (tuple, list)) else (eps,):
         if value is not None and not 0.0 <= value < float("inf"):
             raise ValueError(f"Invalid epsilon value: {value}")
+    if len(group.get("betas", (0.0, 0.0))) != 2:
+        raise ValueError(f"Invalid betas: {group['betas']}; need the pair (beta1, beta2)")
     for index, beta in enumerate(group.get("betas", ())):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
@@ -90,9 +92,9 @@ def _check_open_rank(group: Mapping[str, Any]) -> None:
     rank, energy, budget = group.get("rank"), group.get("energy"), group.get("budget")
     if rank != AUTO:
         _check_positive_int("rank", rank, optional=True)
-        if rank is not None and (energy is not None or budget is not None):
-            raise ValueError(f"energy={energy}, budget={budget} contradict rank={rank}: drop them, or pass rank='auto'")
         return
+    if group["proj_type"] == "full":
+        raise ValueError("rank='auto' with proj_type='full': state grows with the square of the rank, choose a number")
     if energy is None and budget is None:
         raise ValueError("rank='auto' needs a target: pass energy=0.9, or budget=BYTES of state, or both")
     if energy is not None and not 0.0 < energy <= 1.0:
@@ -112,8 +114,9 @@ def _check_projector(group: Mapping[str, Any]) -> None:
     check_heads(group)
     if lazy is not None and not 0.0 <= lazy <= 1.0:
         raise ValueError(f"Invalid lazy: {lazy}; need an overlap between 0 and 1, or None")
-    if lazy is not None and group["projector"] == "descend":
-        raise ValueError(f"lazy={lazy}: projector='descend' is never refreshed, drop the option")
+    for name in ("lazy", "stagger") if group["projector"] == "descend" else ():
+        if group.get(name):
+            raise ValueError(f"{name}={group[name]}: projector='descend' is never refreshed, drop the option")
     for name in ("proj_ratio", "proj_weight_decay", "ortho"):
         if name in group and not 0.0 <= group[name] < float("inf"):
             raise ValueError(f"Invalid {name}: {group[name]}; need a number of at least 0")

@@ -22,6 +22,7 @@ from .bucket import Bucket
 from .refresh import follow, refresh
 from .rules import Work
 from .state import AGE
+from .tiles import tiles
 
 __all__ = ["follow", "inner", "project", "project_back_", "refresh"]
 
@@ -96,10 +97,15 @@ def project_back_(b: Bucket, step: Tensor | None, rows: Tensor | None = None) ->
 
 def _add_rows_(b: Bucket, index: int, oriented: Tensor, rows: Tensor) -> None:
     """`W <- W - scale s o A`, A of either sign; rows of zeros leave W alone even where A is not finite."""
-    matrix = b.matrix(index)
-    if oriented.device.type != "cpu":
-        matrix = torch.where(rows[:, None] == 0, 0.0, matrix)
-    elif not rows.any():
+    matrix, on_cpu = b.matrix(index), oriented.device.type == "cpu"
+    if on_cpu and not rows.any():
         return
     scale = -b.hyper.scale if b.hyper.maximize else b.hyper.scale
-    oriented.addcmul_(rows[:, None].to(oriented.dtype), matrix, value=-scale)
+    if on_cpu and oriented.dtype == rows.dtype:
+        oriented.addcmul_(rows[:, None], matrix, value=-scale)
+        return
+    for row, col in tiles(oriented):
+        factor, tile = rows[row, None], oriented[row, col]
+        piece = matrix[row, col].to(rows.dtype)
+        piece = piece if on_cpu else torch.where(factor == 0, 0.0, piece)  # asking would synchronise
+        tile.copy_(tile.to(rows.dtype).addcmul_(factor, piece, value=-scale))

@@ -25,11 +25,13 @@ from .basis import State
 from .bucket import Bucket
 from .hyper import Hyper
 from .rules import RULES, Work
-from .spec import Spec
+from .spec import Spec, counter
 from .view import matrix_shape
 
 PREFIX = "norm_"
 """State of the norms carries this prefix: `norm_weight` is g, `norm_direction` |V|, then the moments of g."""
+STEP = PREFIX + "step"
+"""Steps that g has made: a reset of the moments at a refresh does not concern it."""
 
 
 def specs(param: Tensor, hyper: Hyper) -> dict[str, Spec]:
@@ -37,7 +39,8 @@ def specs(param: Tensor, hyper: Hyper) -> dict[str, Spec]:
     check(param)
     rows = (param.shape[0],)
     names = {"weight": rows, "direction": rows, **RULES[hyper.rule].buffers(rows, hyper)}
-    return {PREFIX + name: Spec(shape, param.dtype, param.device) for name, shape in names.items()}
+    described = {PREFIX + name: Spec(shape, param.dtype, param.device) for name, shape in names.items()}
+    return {STEP: counter(), **described}
 
 
 def check(param: Tensor) -> None:
@@ -55,13 +58,13 @@ def check(param: Tensor) -> None:
 
 
 def normalised(b: Bucket, update: Callable[[Bucket], None]) -> None:
-    """Step every matrix of a bucket by `update` in normalised coordinates; one gradient is copied at a time."""
+    """Step every matrix of a bucket by `update` in normalised coordinates; one weight-sized temporary at a time."""
     for index in range(len(b.params)):
         one = b.only(index)
         weight = one.params[0].detach()
         matrix = weight.view(matrix_shape(weight.shape))
         held = one.states[0]
-        if held["step"] == 0:
+        if held[STEP] == 0:
             for name in ("weight", "direction"):
                 held[PREFIX + name].copy_(_norms(matrix))
         size, length = held[f"{PREFIX}weight"], held[f"{PREFIX}direction"]
@@ -79,7 +82,7 @@ def _tangential_(one: Bucket, matrix: Tensor, size: Tensor, length: Tensor) -> T
     grad = one.grads[0]
     unit = matrix / torch.where(size > 0, size, 1.0)[:, None]
     flat = grad.reshape(matrix.shape)
-    radial = (flat * unit).sum(1)
+    radial: Tensor = torch.linalg.vecdot(flat, unit)
     tangential = unit.mul_(-radial[:, None]).add_(flat).mul_(_ratio(size, length)[:, None])
     one.grads[0] = tangential.view(grad.shape)
     return radial
@@ -88,7 +91,8 @@ def _tangential_(one: Bucket, matrix: Tensor, size: Tensor, length: Tensor) -> T
 def _step_size_(one: Bucket, held: State, radial: Tensor) -> None:
     """`g <- (1 - lr wd) g - lr N`, N the direction of the rule on c; zero for a gradient that is not finite."""
     radial = torch.where(radial.isfinite().all(), radial, 0.0)
-    size, t = held[f"{PREFIX}weight"], int(held["step"])
+    held[STEP] += 1
+    size, t = held[f"{PREFIX}weight"], int(held[STEP])
     moments = {name.removeprefix(PREFIX): value for name, value in held.items() if name.startswith(PREFIX)}
     direction = torch.empty_like(radial)
     signed = -radial if one.hyper.maximize else radial
