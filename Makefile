@@ -13,9 +13,9 @@ $(VENV)/.ready: setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint]"
 	touch $@
 
-# Everything is tested, the slow tests too.
+# Everything is tested, the slow tests too, on all cores.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto
 
 lint: setup
 	$(BIN)/ruff check .

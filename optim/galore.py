@@ -29,15 +29,26 @@ class GaLore(SubspaceOptimizer):
         weight_decay: Decoupled, before the update, by `lr * weight_decay`.
         rank: Rank r of the subspace. If any group names a rank, groups that do not are plain; otherwise it applies to
             every weight of at least two dimensions (viewed as first x rest) whose smaller side exceeds it.
-            Everything else gets the rule itself, for AdamW exactly torch.optim.AdamW.
+            Everything else gets the rule itself, for AdamW exactly torch.optim.AdamW. "auto" chooses it by matrix from
+            the spectra of the first gradients; a group stands still until one of its gradients tells something.
+        energy: With "auto", the share of a gradient's energy that a rank must hold, as 0.9.
+        budget: With "auto", the bytes that all state of a group's projected matrices may take.
         update_proj_gap: Steps T between two refreshes of the basis.
         scale: The paper's alpha, a factor of the learning rate of projected matrices.
         proj_type: Side that is projected: "std" (the smaller), "reverse_std", "left", "right", "full" (both).
         projector: "sketch" (randomized subspace iteration, warm-started, seeded), "svd" (exact), "track" (one power
-            step from the old basis, for short intervals), "random" (orthonormal columns from the seed alone), or
+            step after the last step of an interval, for short ones), "descend" (online PCA in every step; a group may
+            set `proj_rule` and the others of `OnlineSubspaceDescent`), "random" (orthonormal columns from the seed
+            alone), "dct" (columns of the cosine matrix with the largest `|A D|`), "columns", "rows", "randk"
+            (`r max(m,n)` entries) or "randperm" (columns or rows as `proj_type` says) from the seed alone, or
             "cross_head" in a group with `num_heads` and perhaps `head_select`, which `GaLorePlus` documents.
         carry: What becomes of the moments at a refresh: "rotate" (the default) expresses them in the new basis,
             "keep" (the paper, and the default of `compat="official"`) leaves their numbers, "reset" starts afresh.
+            A basis that descends leaves them.
+        lazy: Overlap `|P_new^T P_old|^2 / r` of successive bases, between 0 and 1, from which a matrix' interval
+            doubles, up to 16 times; below it falls back to `update_proj_gap`. None keeps it.
+        weight_norm: Step in the coordinates length and direction of every row, `W = g V / |V|`, without a copy of V:
+            two numbers and the rule's moments a row more. Needs fp32 or fp64 weights.
         rule: Inner optimizer: "adamw", "adafactor", "lion", "rmsprop" or "sgd".
         state_dtype: Dtype of the moments: "float32" (the default; fp64 for fp64 parameters), "bfloat16" (second
             moments rounded stochastically), "parameter" (the default of `compat="official"`), or a torch.dtype.
