@@ -79,7 +79,8 @@ class OnlineSubspaceDescent(SubspaceOptimizer):
 
     def _validate(self, group: dict[str, Any]) -> None:
         super()._validate(group)
-        usual = {"projector": "descend", "carry": None, "stagger": False, "update_proj_gap": 200, "compat": None}
+        # An `update_proj_gap` may stand in a group that other methods share.
+        usual = {"projector": "descend", "carry": None, "stagger": False, "compat": None}
         refused = [name for name, value in usual.items() if group[name] != value]
         if refused:
             raise ValueError(f"{', '.join(refused)}: the basis is never refreshed, drop the option")
