@@ -120,6 +120,7 @@ def step_time(
     rounds: Annotated[int, typer.Option(min=3, help="Timed steps of each contender; they take turns.")] = 12,
     gap: Annotated[int, typer.Option(min=1, help="Interval of the run with staggered refreshes.")] = 200,
     peers: Annotated[bool, typer.Option("--peers", help='Time galore-torch too (extra "peers").')] = False,
+    methods: Annotated[bool, typer.Option("--methods", help="Time every method of the package.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.", show_default="not written")] = None,
 ) -> None:
     """Time optimizer steps side by side: floor, ours, torch's AdamW, the neighbours."""
@@ -128,7 +129,7 @@ def step_time(
     from .step_time import Settings
     from .step_time import step_time as run
 
-    run(Settings(model, rank, dtype, rounds, gap, peers), out)
+    run(Settings(model, rank, dtype, rounds, gap, peers, methods), out)
 
 
 @app.command()

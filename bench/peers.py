@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from .. import optim
 from ..optim import GaLore
 from .errors import UserError
 
@@ -69,13 +70,29 @@ class GemmFloor:
 
 def ours(params: list[Tensor], rank: int, **options: Any) -> Contender:
     """GaLore of this package."""
-    optimizer = GaLore(params, lr=LR, rank=rank, **{"update_proj_gap": NEVER, **options})
+    return _refreshable(GaLore(params, lr=LR, rank=rank, **{"update_proj_gap": NEVER, **options}))
 
+
+def other_methods(params: list[Tensor], rank: int) -> list[Contender]:
+    """The other methods of this package: at the same rank, FRUGAL at the same share of columns of the smallest side."""
+    shared: dict[str, Any] = {"lr": LR, "rank": rank, "update_proj_gap": NEVER}
+    share = rank / min(min(param.shape) for param in params)
+    return [
+        _refreshable(optim.GaLorePlus(params, residual_warmup=1, **shared)),
+        _refreshable(optim.Fira(params, **shared)),
+        _refreshable(optim.Frugal(params, lr=LR, density=share, update_proj_gap=NEVER)),
+        Contender("OnlineSubspaceDescent", optim.OnlineSubspaceDescent(params, lr=LR, rank=rank)),
+        Contender("Flora", optim.Flora(params, **shared)),
+        Contender("Adafactor", optim.Adafactor(params, lr=LR)),
+    ]
+
+
+def _refreshable(optimizer: Optimizer) -> Contender:
     def refresh() -> None:
         for state in optimizer.state.values():
             state["until_refresh"].zero_()
 
-    return Contender("GaLore", optimizer, refresh)
+    return Contender(type(optimizer).__name__, optimizer, refresh)
 
 
 def torch_adamw(params: list[Tensor]) -> list[Contender]:

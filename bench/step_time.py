@@ -40,6 +40,7 @@ class Settings:
         rounds: Timed steps of each contender; they take turns, so that noise of the machine meets all alike.
         gap: Interval of the staggered run.
         peers: Measure the neighbours too.
+        methods: Measure every method of the package, not GaLore alone.
         batch_size: Sequences of the batch that the gradients come from.
         length: Tokens of a sequence.
     """
@@ -50,6 +51,7 @@ class Settings:
     rounds: int = 12
     gap: int = 200
     peers: bool = False
+    methods: bool = False
     batch_size: int = 4
     length: int = 256
 
@@ -129,6 +131,8 @@ def _parameters(settings: Settings, device: torch.device) -> tuple[list[Tensor],
 def _projected_timings(settings: Settings, params: list[Tensor], device: torch.device) -> list[Timing]:
     contenders = [peers.Contender("GEMM floor", peers.GemmFloor(params, settings.rank))]
     contenders += [peers.ours(params, settings.rank), *peers.torch_adamw(params)]
+    if settings.methods:
+        contenders += peers.other_methods(params, settings.rank)
     if settings.peers:
         contenders.append(peers.galore_torch(params, settings.rank))
     return _take_turns(contenders, settings.rounds, device)

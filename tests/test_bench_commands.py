@@ -138,10 +138,19 @@ def test_bad_input_in_a_process_is_one_line(small, tmp_path):
 
 def test_step_time_prints_both_tables_and_writes_the_figures(tmp_path):
     (tmp_path / "small.json").write_text(json.dumps({**SMALL, "max_position_embeddings": 256}))
-    flags = ["--model=small.json", "--rank=4", "--rounds=3", "--gap=4", "--out=figures.json"]
+    flags = ["--model=small.json", "--rank=4", "--rounds=3", "--gap=4", "--methods", "--out=figures.json"]
     run = lowmem("step-time", *flags, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    for text in ("GEMM floor", "GaLore", "torch AdamW fused", "projected matrices", "plain parameters", "staggered"):
+    for text in (
+        "GEMM floor",
+        "GaLore",
+        "Frugal",
+        "Flora",
+        "torch AdamW fused",
+        "projected matrices",
+        "plain parameters",
+        "staggered",
+    ):
         assert text in run.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [row["name"] for row in figures["projected"]][:2] == ["GEMM floor", "GaLore"]
