@@ -129,9 +129,9 @@ def test_a_missing_extra_is_one_line(package, small, tmp_path):
 
 
 def test_bad_input_in_a_process_is_one_line(small, tmp_path):
-    run = lowmem("pretrain", *small, "--optimizer=adamv", cwd=tmp_path)
+    run = lowmem("pretrain", *small, "--optimizer=adamww", cwd=tmp_path)
     assert run.returncode == 1
-    assert run.stderr.startswith("lowmem: unknown optimizer 'adamv'. Did you mean adamw")
+    assert run.stderr.startswith("lowmem: unknown optimizer 'adamww'. Did you mean adamw")
     assert run.stderr.count("\n") == 1
     assert not list(Path(tmp_path).iterdir())
 
