@@ -114,6 +114,11 @@ class LowRank(SubspaceOptimizer):
                 f"rule='adafactor' has the learning rate in its direction, residual={kind!r} has not: choose adamw, "
                 "lion, rmsprop or sgd"
             )
+        if kind in FREE and isinstance(group["num_heads"], (list, tuple)):
+            raise ValueError(
+                f"num_heads={group['num_heads']}: rows of several bases have no one P for residual={kind!r}; pass one "
+                "number of heads, or another residual"
+            )
         if kind is not None and group["compat"] is not None:
             raise ValueError(f"compat={group['compat']!r} follows code without residual={kind!r}: drop one of them")
 

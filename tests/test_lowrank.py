@@ -164,6 +164,10 @@ def test_every_combination_of_slots_works_or_is_refused(projector: str, residual
         ({"residual": "additive", "projector": "dct"}, "pass projector='sketch'"),
         ({"residual": "exact", "rule": "lion"}, "pass rule='adamw', or residual=None"),
         ({"residual": "norm", "compat": "official"}, "drop one of them"),
+        (
+            {"residual": "sgd", "projector": "cross_head", "num_heads": [(6, 2), (3, None)]},
+            "no one P for residual='sgd'; pass one number",
+        ),
         ({"residual_scale": -1.0}, "Invalid residual_scale: -1.0"),
         ({"projector": "columns", "proj_type": "left"}, "projector='columns' chooses its own side"),
         ({"projector": "dct", "proj_type": "full"}, "needs two dense bases"),

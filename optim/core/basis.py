@@ -78,6 +78,10 @@ class Basis(ABC):
     def project_back_(self, weight: Tensor, direction: Tensor, held: State, step: Step) -> None:
         """`W <- decay W + alpha N P^T`, W oriented (a x b)."""
 
+    def columns(self, held: State, size: int, dtype: torch.dtype) -> Tensor:
+        """P (b x r) as one matrix of a given dtype, b = `size`, for bases that are one."""
+        raise NotImplementedError(f"{type(self).__name__} is not one matrix P")
+
     def store(self, held: State, new: Bases) -> None:
         """Take the new basis over."""
         for name, value in zip(self.names, new, strict=False):
@@ -107,6 +111,10 @@ class Dense(Basis):
         dtype = new.basis.dtype
         right = new.basis.T @ held["basis"].to(dtype)  # (r, r)
         return Turn(right, None if new.left is None else new.left.T @ held["basis_left"].to(dtype))
+
+    def columns(self, held: State, size: int, dtype: torch.dtype) -> Tensor:
+        """P itself."""
+        return held["basis"].to(dtype)
 
     def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor) -> None:
         """One product, `A P`, or two, `Q^T A P`."""
@@ -159,14 +167,14 @@ class Cosine(Index):
 
     def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor) -> None:
         """`A D_S`, S the chosen columns."""
-        _multiply(matrix, self._columns(held, matrix.shape[1], gemm), gemm, out)
+        _multiply(matrix, self.columns(held, matrix.shape[1], gemm), gemm, out)
 
     def project_back_(self, weight: Tensor, direction: Tensor, held: State, step: Step) -> None:
         """`N D_S^T`."""
-        _addmm_(weight, direction.to(step.gemm), self._columns(held, weight.shape[1], step.gemm), step)
+        _addmm_(weight, direction.to(step.gemm), self.columns(held, weight.shape[1], step.gemm), step)
 
-    @staticmethod
-    def _columns(held: State, size: int, dtype: torch.dtype) -> Tensor:
+    def columns(self, held: State, size: int, dtype: torch.dtype) -> Tensor:
+        """`D_S`."""
         return random.cosines(size, dtype, held["basis"].device).index_select(1, held["basis"])
 
 

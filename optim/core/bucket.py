@@ -115,6 +115,17 @@ class Bucket:
         """The oriented gradient A (a x b) of one parameter."""
         return self.view.orient(self.grads[index])
 
+    def weights(self) -> Iterator[Tensor]:
+        """Every weight as an oriented matrix (a, b) to write into.
+
+        One that cannot be viewed as a matrix, channels-last say, is copied back.
+        """
+        for param in self.params:
+            weight = param.detach().reshape(self.view.m, self.view.n)
+            yield weight.T if self.view.transposed else weight
+            if weight.data_ptr() != param.data_ptr():
+                param.copy_(weight.view_as(param))
+
     def only(self, index: int) -> Bucket:
         """The bucket of one of the parameters."""
         return Bucket(

@@ -13,16 +13,15 @@ walked over in tiles, rounded once, and two cases fold into the low-rank directi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels import random
-from .apply import count_step, rates
-from .basis import COSINE, INDEX
+from .apply import count_step, move_, rates
+from .basis import INDEX
 from .bucket import Bucket
 from .plain import plain_
 from .tiles import Factors, Residual, product, tiles
@@ -91,7 +90,7 @@ def undivided_(b: Bucket, free: Free) -> bool:
 def _free_(b: Bucket, free: Free) -> None:
     """`W <- (1 - lr wd) W - lr s_p s_f free(A)`."""
     sound = sound_gradients(b)
-    for index, weight in _weights(b):
+    for index, weight in enumerate(b.weights()):
         lr, decay = rates(b, index)
         if free.rule == "none":
             weight.mul_(decay)
@@ -113,7 +112,7 @@ def descend_(b: Bucket, step: Tensor, low: Tensor, sound: Tensor, free: Free) ->
     if free.rule == "none":
         project_back_(b, step)
         return
-    for index, weight in _weights(b):
+    for index, weight in enumerate(b.weights()):
         residual = Residual(b.matrix(index), sound[index], free.rule, b.hyper.maximize, b.dtype)
         if b.basis is INDEX:
             _choose_(b, index, weight, residual, step[index], free)
@@ -134,7 +133,8 @@ def _add_(b: Bucket, index: int, weight: Tensor, residual: Residual, split: tupl
     """`W <- decay W - lr s_p (N P^T + s_f F)` with a dense basis; `split` is N and R."""
     step, low = split
     lr, decay = rates(b, index)
-    basis, left = _basis(b, index), b.states[index].get("basis_left")
+    held = b.states[index]
+    basis, left = b.basis.columns(held, b.view.b, b.gemm_dtype), held.get("basis_left")
     if free.rule == "sgd":
         step.sub_(low, alpha=free.scale)
     else:
@@ -169,27 +169,9 @@ def _walk_(
         if within is not None:
             scale, step, basis = within
             update.mul_(scale).add_(product(step[rows], basis[cols].T, basis.dtype))
-        tile = weight[rows, cols]
-        tile.copy_((tile.to(update.dtype) * decay).sub_(update.mul_(rate)))
-
-
-def _weights(b: Bucket) -> Iterator[tuple[int, Tensor]]:
-    """Every weight as an oriented matrix (a, b) to write into; those that cannot be viewed so are copied back."""
-    for index, param in enumerate(b.params):
-        weight = param.detach().reshape(b.view.m, b.view.n)
-        yield index, weight.T if b.view.transposed else weight
-        if weight.data_ptr() != param.data_ptr():
-            param.copy_(weight.view_as(param))
+        move_(weight[rows, cols], update.mul_(rate), decay)
 
 
 def _spread(left: Tensor | None, low: Tensor) -> Tensor:
     """`Q R` (a, r) for a full projection, else R."""
     return low if left is None else left.to(low.dtype) @ low
-
-
-def _basis(b: Bucket, index: int) -> Tensor:
-    """P (b, r) in the dtype of the products."""
-    basis = b.states[index]["basis"]
-    if b.basis is COSINE:
-        return random.cosines(b.view.b, b.gemm_dtype, basis.device).index_select(1, basis)
-    return basis.to(b.gemm_dtype)

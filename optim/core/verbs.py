@@ -79,20 +79,15 @@ def project_back_(b: Bucket, step: Tensor | None, rows: Tensor | None = None) ->
         step: N (k, a, r); None leaves the first term out.
         rows: s, factors of the rows of the gradient, (k, a) or (k, 1); None leaves the last term out.
     """
-    view = b.view
-    for index, (param, held) in enumerate(zip(b.params, b.states, strict=True)):
+    for index, (weight, held) in enumerate(zip(b.weights(), b.states, strict=True)):
         lr, decay = rates(b, index)
-        weight = param.detach().reshape(view.m, view.n)
-        oriented = weight.T if view.transposed else weight
         if step is None:
             weight.mul_(decay)
         else:
             direction, rate = (step[index] * lr, 1.0) if isinstance(lr, Tensor) else (step[index], lr)
-            b.basis.project_back_(oriented, direction, held, Step(decay, -rate * b.hyper.scale, b.gemm_dtype))
+            b.basis.project_back_(weight, direction, held, Step(decay, -rate * b.hyper.scale, b.gemm_dtype))
         if rows is not None:
-            _add_rows_(b, index, oriented, rows[index] * lr)
-        if weight.data_ptr() != param.data_ptr():  # a weight that cannot be viewed as a matrix, channels-last say
-            param.copy_(weight.view_as(param))
+            _add_rows_(b, index, weight, rows[index] * lr)
 
 
 def _add_rows_(b: Bucket, index: int, oriented: Tensor, rows: Tensor) -> None:
