@@ -40,6 +40,24 @@ def bits(seed: int, rows: range, cols: int, device: Device = "cpu") -> Tensor:
     return _finalise((keyed ^ (col * _SPREAD & _MASK)) & _MASK)
 
 
+def noise(seed: int, rows: range, cols: range, device: Device = "cpu") -> Tensor:
+    """Return 16 random bits for some cells, int16 in [-2^15, 2^15), shape (len(rows), len(cols)).
+
+    Half words of `bits`, two columns a word, in 32-bit arithmetic that wraps: it rounds numbers in every step.
+    """
+    row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int32)[:, None]
+    col = torch.arange(cols.start // 2, (cols.stop + 1) // 2, device=device, dtype=torch.int32)[None, :]
+    keyed = _finalise32_((row * _signed(_GOLDEN)).add_(_signed(seed)))
+    return _finalise32_(keyed ^ (col * _signed(_SPREAD))).view(torch.int16)[:, cols.start % 2 :][:, : len(cols)]
+
+
+def noise_at(seed: int, row: Tensor, col: Tensor) -> Tensor:
+    """The same for single cells, int64 indices of one shape."""
+    keyed = _finalise((row * _GOLDEN + seed) & _MASK)
+    word = _finalise((keyed ^ ((col >> 1) * _SPREAD & _MASK)) & _MASK)
+    return ((word >> ((col & 1) << 4)) & 0xFFFF).to(torch.int32).to(torch.int16)
+
+
 def normal(seed: int, rows: int | range, cols: int, device: Device = "cpu") -> Tensor:
     """Return standard normals in fp32, shape (rows, cols): quantiles looked up by 16 bits, two columns a word.
 
@@ -171,6 +189,22 @@ def _finalise(x: Tensor) -> Tensor:
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
     x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
     return x ^ (x >> 16)
+
+
+def _finalise32_(x: Tensor) -> Tensor:
+    # The same on int32 words; their shifts copy the sign, which a mask takes off.
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x *= 0x7FEB352D
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x *= _signed(0x846CA68B)
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    return x
+
+
+def _signed(word: int) -> int:
+    """The int32 of the same 32 bits."""
+    word &= _MASK
+    return word - (1 << 32) if word >= 1 << 31 else word
 
 
 def _finalise_int(x: int) -> int:

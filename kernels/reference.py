@@ -6,9 +6,13 @@ Moments are updated in place; the direction `N` is written to `out`, so that the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .blockwise import Blocks, Format, dequantise, quantise_
+from .rounding import Target
 
 NO_CORRECTION = 1 << 30
 """A step count at which beta^t vanishes: Adam without bias correction."""
@@ -71,3 +75,126 @@ def lion(grad: Tensor, moment: Tensor, out: Tensor, betas: tuple[float, float]) 
 def momentum(grad: Tensor, moment: Tensor, out: Tensor, beta: float) -> None:
     """Heavy ball: `M <- b M + R`, `N = M`."""
     out.copy_(moment.mul_(beta).add_(grad))
+
+
+class Blockwise(NamedTuple):
+    """Moments in 8 bits, and the rule's numbers.
+
+    Args:
+        form: How they are coded.
+        seeds: Seed of the rounding of each tensor.
+        betas: Decay rates b1, b2.
+        eps: Added to the root of the second moment.
+        raw_eps: As in `adam`.
+    """
+
+    form: Format
+    seeds: Sequence[int]
+    betas: tuple[float, float]
+    eps: float = 0.0
+    raw_eps: bool = False
+
+
+def adam_blockwise(
+    grads: Sequence[Tensor],
+    moments: tuple[Sequence[Blocks], Sequence[Blocks]],
+    counts: Sequence[int],
+    out: Sequence[Tensor],
+    how: Blockwise,
+) -> None:
+    """Adam on matrices (rows, cols) whose moments are coded: decoded, `adam`, coded again.
+
+    Directions follow from the moments before they are coded. An entry whose square is not finite counts as zero.
+    """
+    for grad, first, second, t, direction, seed in zip(grads, *moments, counts, out, how.seeds, strict=True):
+        m, v = dequantise(first, how.form, signed=True), dequantise(second, how.form, signed=False)
+        seen = torch.where(grad.square().isfinite(), grad, 0.0)
+        adam([seen], ([m], [v]), [t], [direction], how.betas, how.eps, raw_eps=how.raw_eps)
+        quantise_(first, m, how.form, signed=True)
+        quantise_(second, v, how.form, signed=False, seed=seed)
+
+
+def lion_blockwise(grads: Sequence[Tensor], moments: Sequence[Blocks], out: Sequence[Tensor], how: Blockwise) -> None:
+    """Lion on matrices whose moment is coded, otherwise as `adam_blockwise`."""
+    for grad, moment, direction in zip(grads, moments, out, strict=True):
+        m = dequantise(moment, how.form, signed=True)
+        lion(torch.where(grad.square().isfinite(), grad, 0.0), m, direction, how.betas)
+        quantise_(moment, m, how.form, signed=True)
+
+
+class Scaled(NamedTuple):
+    """A residual `s o G`: rows or columns of the gradient times a factor; a factor of zero silences what is not finite.
+
+    Args:
+        grad: G (m, n).
+        factors: s, (m, 1) or (1, n).
+    """
+
+    grad: Tensor
+    factors: Tensor
+
+
+class Signed(NamedTuple):
+    """A residual `c sign(G - E F^T)`, zero where the difference is not above the floor.
+
+    Args:
+        grad: G (m, n).
+        left: E (m, r).
+        right: F (n, r).
+        floor: Rounding errors of a row or a column, (m, 1) or (1, n).
+        sound: Whether G is finite, 0-d; it counts as zero if not.
+        scale: c; negative where the gradient is ascended, then left and right are those of G all the same.
+    """
+
+    grad: Tensor
+    left: Tensor
+    right: Tensor
+    floor: Tensor
+    sound: Tensor
+    scale: float
+
+
+class Move(NamedTuple):
+    """How a low-rank direction and a residual move a weight: `W <- decay W + alpha (L R^T + residual)`.
+
+    Args:
+        decay: The factor of the weight.
+        alpha: The factor of the step, minus the learning rate.
+        gemm: Dtype of the operands of products.
+        residual: What is added to the low-rank direction.
+    """
+
+    decay: float | Tensor
+    alpha: float | Tensor
+    gemm: torch.dtype
+    residual: Scaled | Signed | None = None
+
+
+def project_back_(target: Target, left: Tensor | None, right: Tensor | None, move: Move) -> None:
+    """Move a weight (m, n) by `left right^T`, left (m, r) and right (n, r), and a residual, rounded once."""
+    step = residual(move.residual, target.work, move.gemm)
+    if left is not None and right is not None:
+        step = step + (left.to(move.gemm) @ right.to(move.gemm).T).to(target.work)
+    target.write(target.read() * move.decay + step * move.alpha)
+
+
+def residual(kind: Scaled | Signed | None, work: torch.dtype, gemm: torch.dtype) -> Tensor | float:
+    """The residual (m, n) in the working dtype."""
+    if kind is None:
+        return 0.0
+    grad = kind.grad.to(work)
+    if isinstance(kind, Scaled):
+        return torch.where(kind.factors == 0, 0.0, grad * kind.factors)
+    within = (kind.left.to(gemm) @ kind.right.to(gemm).T).to(work)
+    rest = torch.where(kind.sound, grad, 0.0) - within
+    return torch.where(rest.abs() > kind.floor, rest.sign(), 0.0) * kind.scale
+
+
+def square_means(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the squares of the rows (m,) and of the columns (n,) of a matrix, in fp32; 0 for those without entries.
+
+    Adafactor's statistics, and by `n mean` Fira's squared row norms.
+    """
+    squares = matrix.float().square()
+    m, n = max(matrix.shape[0], 1), max(matrix.shape[1], 1)
+    return squares.sum(1) / n, squares.sum(0) / m

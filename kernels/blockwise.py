@@ -1,0 +1,149 @@
+"""8-bit codes for moments: blocks of a row share a scale, the largest magnitude among them.
+
+A moment is seen as a matrix (rows, cols). Blocks lie within a row and the last one may be shorter, so that rows never
+share a scale and any split by rows is one of the codes as well. With s the scale of a block:
+
+    companded   first moment    c = round(127 sign(m) sqrt(|m| / s))      int8     m = s sign(c) (c / 127)^2
+                second moment   c = 255 (v / s)^(1/4), see below          uint8    v = s (c / 255)^4
+    dynamic     c = the nearest entry of a table of 256 values            uint8    x = s table[c]
+
+The dynamic tables are those of bitsandbytes (arXiv 2110.02861): decades 10^-6 to 1, each halved into twice as many
+cells as the one below. The companded code of a second moment is rounded up with the probability that makes v exact in
+the mean, `(v - v_c) / (v_{c+1} - v_c)`: with b2 = 0.999 v changes by 0.1 % in a step where codes are 1.6 % apart or
+more, and rounding to nearest would freeze it. It is 0 only where v is. An entry that is not finite is coded as zero.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import random
+
+
+class Format(NamedTuple):
+    """A way to code moments.
+
+    Args:
+        name: "companded" or "dynamic".
+        block: Entries that share a scale.
+    """
+
+    name: str
+    block: int
+
+    def code_dtype(self, *, signed: bool) -> torch.dtype:
+        """The dtype of the codes of a first (signed) or second moment."""
+        return torch.int8 if signed and self.name == "companded" else torch.uint8
+
+    def scales(self, cols: int) -> int:
+        """Scales of a row."""
+        return -(-cols // self.block)
+
+
+COMPANDED, DYNAMIC = Format("companded", 128), Format("dynamic", 256)
+FORMATS = {"8bit": COMPANDED, "bnb8": DYNAMIC}
+"""Formats by the name of the state dtype."""
+
+
+class Blocks(NamedTuple):
+    """A coded matrix (rows, cols) and the scales of its blocks (rows, ceil(cols / block)), fp32."""
+
+    codes: Tensor
+    scale: Tensor
+
+    def rows(self, part: slice) -> Blocks:
+        """Some of its rows."""
+        return Blocks(self.codes[part], self.scale[part])
+
+
+def dequantise(blocks: Blocks, form: Format, *, signed: bool) -> Tensor:
+    """Decode a matrix into fp32 (rows, cols)."""
+    out = torch.empty(blocks.codes.shape, device=blocks.codes.device)
+    for codes, scale, target in _blocked(form, blocks.codes, blocks.scale, out):
+        if form.name == "dynamic":
+            torch.mul(dynamic_map(signed, str(out.device))[codes.int()], scale, out=target)
+        elif signed:
+            unit = codes * (1 / 127)
+            torch.mul(unit.abs().mul_(unit), scale, out=target)
+        else:
+            torch.mul((codes * (1 / 255)).square_().square_(), scale, out=target)
+    return out
+
+
+def quantise_(blocks: Blocks, values: Tensor, form: Format, *, signed: bool, seed: int = 0, first: int = 0) -> None:
+    """Code a matrix.
+
+    Args:
+        blocks: The codes and scales; written.
+        values: fp32 (rows, cols).
+        form: The format.
+        signed: A first moment, which may be negative.
+        seed: Of the rounding of a companded second moment.
+        first: Number of its first row in the whole matrix: rounding is a function of seed, row and column.
+    """
+    if values.numel() == 0:
+        return
+    rounds = form.name == "companded" and not signed
+    rows = range(first, first + len(values))
+    noise = random.noise(seed, rows, range(values.shape[1]), values.device) if rounds else values
+    for codes, scale, part, dither in _blocked(form, blocks.codes, blocks.scale, values, noise):
+        scale.copy_(part.abs().amax(-1, keepdim=True) if signed else part.amax(-1, keepdim=True))
+        if not scale.isfinite().all():
+            part = part.where(part.isfinite(), 0.0)
+            scale.copy_(part.abs().amax(-1, keepdim=True))
+        unit = part / scale.clamp(min=torch.finfo(torch.float32).tiny)
+        if form.name == "dynamic":
+            codes.copy_(torch.bucketize(unit, _midpoints(signed, str(unit.device))))
+        elif signed:
+            codes.copy_(unit.abs().sqrt_().copysign_(unit).mul_(127).round_())
+        else:
+            codes.copy_(_round_fourth_root(unit, dither))
+
+
+def _round_fourth_root(unit: Tensor, noise: Tensor) -> Tensor:
+    """Round `255 u^(1/4)` up or down at random so that the fourth power keeps its mean; up from 0."""
+    low = unit.sqrt().sqrt_().mul_(255.0).floor_()  # c
+    lower, upper = low.square().square_(), (low + 1).square_().square_()
+    share = unit.mul(255.0**4).sub_(lower).div_(upper.sub_(lower))  # of the way from c to c + 1
+    low += share.mul_(1 << 16).sub_((1 << 15) + 0.5) > noise
+    return low.clamp_(max=255.0).maximum(unit > 0)
+
+
+def _blocked(form: Format, codes: Tensor, scale: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """View matrices as (rows, blocks, block), and what is left of every row as one shorter block."""
+    cols, views = codes.shape[1], []
+    whole = cols // form.block
+    if whole:
+        main = (tensor[:, : whole * form.block].unflatten(1, (whole, form.block)) for tensor in (codes, *others))
+        head = next(main)
+        views.append((head, scale[:, :whole, None], *main))
+    if whole * form.block < cols:
+        rest = (tensor[:, None, whole * form.block :] for tensor in (codes, *others))
+        head = next(rest)
+        views.append((head, scale[:, whole:, None], *rest))
+    return views
+
+
+@lru_cache(maxsize=8)
+def dynamic_map(signed: bool, device: str = "cpu") -> Tensor:
+    """The 256 values of the dynamic format, ascending fp32: for i = 0..6 the midpoints of an even split of a decade.
+
+    A signed one splits 10^(i-7) .. 10^(i-6) into 2^i cells on either side of zero, an unsigned one into 2^(i+1); zero
+    and one make it 256.
+    """
+    values = [torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, (1 << decade if signed else 2 << decade) + 1, dtype=torch.float64)
+        middle = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)
+        values += [middle, -middle] if signed else [middle]
+    return torch.cat(values).sort().values.float().to(device)
+
+
+@lru_cache(maxsize=8)
+def _midpoints(signed: bool, device: str) -> Tensor:
+    table = dynamic_map(signed, "cpu").double()
+    return ((table[1:] + table[:-1]) / 2).float().to(device)

@@ -1,0 +1,116 @@
+"""How a value in fp32 is written to a bf16 weight, in plain torch: the specification.
+
+    nearest        what bf16 is closest
+    stochastic     one of the two around it, the upper one with the probability that makes the mean exact
+    compensated    the closest, and in a correction of 16 bits what is missing: together they are the fp32 value
+    compensated8   the same with 8 bits: 24 bits of the value, its last 8 rounded stochastically
+
+bf16 is the upper half of fp32, so all of this is arithmetic on the 32 bits of the value:
+
+    h = (x + 2^15) >> 16        weight           c = x - (h << 16)        correction, in [-2^15, 2^15)
+
+Random bits are a function of seed, row and column of the weight: the same on every device, rank and resume.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import random
+
+ROUNDINGS = ("nearest", "stochastic", "compensated", "compensated8")
+CORRECTIONS = {"compensated": torch.int16, "compensated8": torch.int8}
+"""Dtype of the correction, one a weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A weight that is written to, as a matrix in the order of its memory.
+
+    Args:
+        weight: The matrix (m, n).
+        mode: One of `ROUNDINGS`; wider weights than bf16 are exact in all of them.
+        correction: The corrections (m, n) of a compensated weight.
+        seed: Of stochastic rounding.
+        row: Number of its first row in the whole weight.
+        col: Number of its first column.
+    """
+
+    weight: Tensor
+    mode: str = "nearest"
+    correction: Tensor | None = None
+    seed: int = 0
+    row: int = 0
+    col: int = 0
+
+    @property
+    def work(self) -> torch.dtype:
+        """The dtype of the values that it takes: fp32, or fp64 for fp64 weights."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    @property
+    def exact(self) -> bool:
+        """Nothing is rounded: updates in place are the same as `write`."""
+        return self.weight.dtype == self.work
+
+    def part(self, rows: slice, cols: slice = slice(None)) -> Target:
+        """A piece of it."""
+        correction = None if self.correction is None else self.correction[rows, cols]
+        row, col = self.row + (rows.start or 0), self.col + (cols.start or 0)
+        return replace(self, weight=self.weight[rows, cols], correction=correction, row=row, col=col)
+
+    def read(self) -> Tensor:
+        """The value of the weight, corrections included, in a tensor of its own."""
+        if self.correction is not None:
+            return join(self.weight, self.correction)
+        return self.weight.to(self.work, copy=True)
+
+    def write(self, value: Tensor) -> None:
+        """Write a value in the working dtype; it may be overwritten."""
+        if self.exact or self.mode == "nearest":
+            self.weight.copy_(value)
+        elif self.mode == "stochastic":
+            self.weight.copy_(round_stochastically(value, self._noise()))
+        else:
+            assert self.correction is not None
+            eight = self.mode == "compensated8"
+            weight, correction = split(value, self._noise() if eight else None)
+            self.weight.copy_(weight)
+            self.correction.copy_(correction)
+
+    def _noise(self) -> Tensor:
+        rows, cols = self.weight.shape
+        across = range(self.col, self.col + cols)
+        return random.noise(self.seed, range(self.row, self.row + rows), across, self.weight.device)
+
+
+def round_stochastically(value: Tensor, noise: Tensor) -> Tensor:
+    """Round fp32 to bf16 with 16 random bits an entry (int16)."""
+    upper = _bits(value).add(noise).add_(1 << 15).bitwise_right_shift_(16)
+    return upper.to(torch.int16).view(torch.bfloat16)
+
+
+def split(value: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Split fp32 into the nearest bf16 and a correction, of 16 bits, or of 8 bits where random bits are given."""
+    bits = _bits(value)
+    if noise is not None:
+        bits = bits.add(noise.bitwise_and(0xFF)).bitwise_and_(-256)
+    upper = bits.add(1 << 15).bitwise_right_shift_(16)
+    rest = bits - (upper << 16)
+    weight = upper.to(torch.int16).view(torch.bfloat16)
+    return weight, rest.to(torch.int16) if noise is None else (rest >> 8).to(torch.int8)
+
+
+def join(weight: Tensor, correction: Tensor) -> Tensor:
+    """The fp32 value that `split` took apart."""
+    upper = weight.view(torch.int16).int().bitwise_left_shift_(16)
+    shift = 8 if correction.dtype == torch.int8 else 0
+    return upper.add_(correction.int().bitwise_left_shift_(shift)).view(torch.float32)
+
+
+def _bits(value: Tensor) -> Tensor:
+    """The 32 bits of fp32, NaN as the one whose upper half is NaN and whose lower half is zero."""
+    return torch.where(value.isnan(), torch.nan, value).contiguous().view(torch.int32)
