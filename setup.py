@@ -36,6 +36,7 @@ setup(
         "triton": TRITON,
         "lint": ["ruff", "mypy"],
         "peers": ["galore-torch"],
+        "bitsandbytes": ["bitsandbytes>=0.44"],
     },
     entry_points={"console_scripts": ["lowmem = lowmem.bench.cli:main"]},
     classifiers=[
