@@ -55,26 +55,42 @@ class Blocks(NamedTuple):
     codes: Tensor
     scale: Tensor
 
-    def rows(self, part: slice) -> Blocks:
-        """Some of its rows."""
-        return Blocks(self.codes[part], self.scale[part])
+    def part(self, rows: slice, cols: slice, form: Format) -> Blocks:
+        """Some of its rows and columns, which start where a block does."""
+        scales = slice(cols.start // form.block, form.scales(cols.stop))
+        return Blocks(self.codes[rows, cols], self.scale[rows, scales])
 
 
 def dequantise(blocks: Blocks, form: Format, *, signed: bool) -> Tensor:
     """Decode a matrix into fp32 (rows, cols)."""
-    out = torch.empty(blocks.codes.shape, device=blocks.codes.device)
-    for codes, scale, target in _blocked(form, blocks.codes, blocks.scale, out):
-        if form.name == "dynamic":
-            torch.mul(dynamic_map(signed, str(out.device))[codes.int()], scale, out=target)
-        elif signed:
-            unit = codes * (1 / 127)
-            torch.mul(unit.abs().mul_(unit), scale, out=target)
-        else:
-            torch.mul((codes * (1 / 255)).square_().square_(), scale, out=target)
-    return out
+    parts = [
+        _decode(codes, form, signed).mul_(scale).flatten(1)
+        for codes, scale in _blocked(form, blocks.codes, blocks.scale)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, dim=1) if parts else torch.empty(blocks.codes.shape, device=blocks.codes.device)
 
 
-def quantise_(blocks: Blocks, values: Tensor, form: Format, *, signed: bool, seed: int = 0, first: int = 0) -> None:
+def _decode(codes: Tensor, form: Format, signed: bool) -> Tensor:
+    """Values by unit of their scale."""
+    if form.name == "dynamic":
+        return dynamic_map(signed, str(codes.device))[codes.int()]
+    if signed:
+        unit = codes * (1 / 127)
+        return unit.abs().mul_(unit)
+    return (codes * (1 / 255)).square_().square_()
+
+
+def quantise_(
+    blocks: Blocks,
+    values: Tensor,
+    form: Format,
+    *,
+    signed: bool,
+    seed: int | Tensor = 0,
+    first: tuple[int, int] = (0, 0),
+) -> None:
     """Code a matrix.
 
     Args:
@@ -83,16 +99,16 @@ def quantise_(blocks: Blocks, values: Tensor, form: Format, *, signed: bool, see
         form: The format.
         signed: A first moment, which may be negative.
         seed: Of the rounding of a companded second moment.
-        first: Number of its first row in the whole matrix: rounding is a function of seed, row and column.
+        first: Its first row and column in the whole matrix: rounding is a function of seed, row and column.
     """
     if values.numel() == 0:
         return
     rounds = form.name == "companded" and not signed
-    rows = range(first, first + len(values))
-    noise = random.noise(seed, rows, range(values.shape[1]), values.device) if rounds else values
+    rows, cols = (range(start, start + size) for start, size in zip(first, values.shape, strict=True))
+    noise = random.noise(seed, rows, cols, values.device) if rounds else values
     for codes, scale, part, dither in _blocked(form, blocks.codes, blocks.scale, values, noise):
         scale.copy_(part.abs().amax(-1, keepdim=True) if signed else part.amax(-1, keepdim=True))
-        if not scale.isfinite().all():
+        if not torch.compiler.is_compiling() and not scale.isfinite().all():
             part = part.where(part.isfinite(), 0.0)
             scale.copy_(part.abs().amax(-1, keepdim=True))
         unit = part / scale.clamp(min=torch.finfo(torch.float32).tiny)
@@ -118,7 +134,7 @@ def _blocked(form: Format, codes: Tensor, scale: Tensor, *others: Tensor) -> lis
     cols, views = codes.shape[1], []
     whole = cols // form.block
     if whole:
-        main = (tensor[:, : whole * form.block].unflatten(1, (whole, form.block)) for tensor in (codes, *others))
+        main = (tensor[:, : whole * form.block].view(-1, whole, form.block) for tensor in (codes, *others))
         head = next(main)
         views.append((head, scale[:, :whole, None], *main))
     if whole * form.block < cols:

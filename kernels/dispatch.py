@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import moments, random, reference
+from . import moments, project_back, random, reference
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "compile", "triton", "bitsandbytes")
+"""Values of the option `backend`. "compile" is torch's operations, with 8-bit moments on a CPU by torch.compile."""
 
 
 class Implementation(NamedTuple):
@@ -29,6 +31,14 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _anywhere(_: Tensor) -> bool:
+    return True
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _compiles(tensor: Tensor) -> bool:
     return tensor.is_cuda and has_triton()
 
@@ -38,21 +48,47 @@ def _interprets(tensor: Tensor) -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and not tensor.is_cuda and has_triton()
 
 
-def _triton_basis(*args: Any) -> None:
-    from . import triton_random
+def _later(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported when it is first used."""
 
-    triton_random.basis(*args)
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f".{module}", __package__), name)(*args)
+
+    return run
+
+
+def _torch(run: Callable[..., Any]) -> tuple[Implementation, ...]:
+    """One implementation, which nothing would be gained by compiling."""
+    return Implementation("torch", _anywhere, run), Implementation("compile", _anywhere, run)
+
+
+def _coded(torch_form: Callable[..., Any], name: str) -> tuple[Implementation, ...]:
+    """Implementations of a rule on coded moments."""
+    return (
+        Implementation("torch", _anywhere, torch_form),
+        Implementation("compile", _on_cpu, _later("compiled", name)),
+        Implementation("compile", _anywhere, torch_form),
+    )
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "adam": (
         Implementation("torch", moments.has_fused_adam, moments.adam),
-        Implementation("torch", lambda _: True, reference.adam),
+        Implementation("torch", _anywhere, reference.adam),
+        Implementation("compile", _anywhere, reference.adam),
     ),
+    "adam_companded": _coded(moments.adam_blockwise, "adam_blockwise"),
+    "adam_dynamic": _coded(moments.adam_blockwise, "adam_blockwise"),
+    "adamw_companded": _coded(moments.adamw_blockwise_, "adamw_blockwise_"),
+    "adamw_dynamic": _coded(moments.adamw_blockwise_, "adamw_blockwise_"),
+    "lion_companded": _torch(moments.lion_blockwise),
+    "lion_dynamic": _torch(moments.lion_blockwise),
+    "project_back": _torch(project_back.project_back_),
     "basis": (
-        Implementation("triton", _compiles, _triton_basis),
-        Implementation("torch", lambda _: True, random.basis),
-        Implementation("triton", _interprets, _triton_basis),
+        Implementation("triton", _compiles, _later("triton_random", "basis")),
+        Implementation("torch", _anywhere, random.basis),
+        Implementation("compile", _anywhere, random.basis),
+        Implementation("triton", _interprets, _later("triton_random", "basis")),
     ),
 }
 

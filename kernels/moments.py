@@ -1,9 +1,20 @@
-"""Adam on a list of small matrices in one launch, by torch's fused kernel."""
+"""Moments by torch's operations: Adam on a list of matrices in one launch, and coded moments tile by tile."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from . import reference
+from .blockwise import Blocks, dequantise, quantise_
+from .reference import Blockwise
+from .rounding import Target
+from .tiles import tiles
+
+TILE = 1 << 16
+"""Elements of a tile of coded moments on a CPU, whose dozen working copies stay in the cache."""
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
@@ -47,3 +58,71 @@ def adam(
             amsgrad=False,
             maximize=False,
         )
+
+
+def adam_blockwise(
+    grads: Sequence[Tensor],
+    moments: tuple[Sequence[Blocks], Sequence[Blocks]],
+    counts: Sequence[int],
+    out: Sequence[Tensor],
+    how: Blockwise,
+) -> None:
+    """Compute `lowmem.kernels.reference.adam_blockwise` in pieces that stay in the cache."""
+    for grad, first, second, t, direction, seed in zip(grads, *moments, counts, out, how.seeds, strict=True):
+        for rows, cols in tiles(grad, TILE):
+            part = direction[rows, cols]
+            blocks = first.part(rows, cols, how.form), second.part(rows, cols, how.form)
+            at = rows.start, cols.start
+            part.copy_(_adam_tile(grad[rows, cols], blocks, (t, seed, at), how))
+
+
+def adamw_blockwise_(
+    target: Target,
+    grad: Tensor,
+    moments: tuple[Blocks, Blocks],
+    t: int,
+    lr: float | Tensor,
+    decay: float | Tensor,
+    how: Blockwise,
+) -> None:
+    """Compute `lowmem.kernels.reference.adamw_blockwise_` in pieces that stay in the cache."""
+    for rows, cols in tiles(grad, TILE):
+        blocks = moments[0].part(rows, cols, how.form), moments[1].part(rows, cols, how.form)
+        step = _adam_tile(grad[rows, cols], blocks, (t, how.seeds[0], (rows.start, cols.start)), how)
+        part = target.part(rows, cols)
+        value = part.weight if part.exact else part.read()
+        value.mul_(decay).sub_(step.mul_(lr))
+        if not part.exact:
+            part.write(value)
+
+
+def _adam_tile(
+    grad: Tensor, moments: tuple[Blocks, Blocks], when: tuple[int, int, tuple[int, int]], how: Blockwise
+) -> Tensor:
+    """One tile: the direction, in a tensor of its own."""
+    t, seed, at = when
+    m, v = dequantise(moments[0], how.form, signed=True), dequantise(moments[1], how.form, signed=False)
+    seen, direction = _finite(grad.float()).contiguous(), torch.empty_like(m)
+    step = adam if has_fused_adam(m) else reference.adam
+    step([seen], ([m], [v]), [t], [direction], how.betas, how.eps, raw_eps=how.raw_eps)
+    quantise_(moments[0], m, how.form, signed=True)
+    quantise_(moments[1], v, how.form, signed=False, seed=seed, first=at)
+    return direction
+
+
+def lion_blockwise(grads: Sequence[Tensor], moments: Sequence[Blocks], out: Sequence[Tensor], how: Blockwise) -> None:
+    """Compute `lowmem.kernels.reference.lion_blockwise` in pieces that stay in the cache."""
+    for grad, moment, direction in zip(grads, moments, out, strict=True):
+        for rows, cols in tiles(grad, TILE):
+            blocks = moment.part(rows, cols, how.form)
+            m, step = dequantise(blocks, how.form, signed=True), torch.empty_like(grad[rows, cols], dtype=torch.float32)
+            reference.lion(_finite(grad[rows, cols].float()), m, step, how.betas)
+            direction[rows, cols] = step
+            quantise_(blocks, m, how.form, signed=True)
+
+
+def _finite(grad: Tensor) -> Tensor:
+    """Entries whose squares are not finite count as zero."""
+    if grad.device.type == "cpu" and torch.linalg.vector_norm(grad).isfinite():  # asking a GPU would synchronise
+        return grad
+    return torch.where(grad.square().isfinite(), grad, 0.0)

@@ -40,19 +40,24 @@ def bits(seed: int, rows: range, cols: int, device: Device = "cpu") -> Tensor:
     return _finalise((keyed ^ (col * _SPREAD & _MASK)) & _MASK)
 
 
-def noise(seed: int, rows: range, cols: range, device: Device = "cpu") -> Tensor:
+def noise(seed: int | Tensor, rows: range, cols: range, device: Device = "cpu") -> Tensor:
     """Return 16 random bits for some cells, int16 in [-2^15, 2^15), shape (len(rows), len(cols)).
 
-    Half words of `bits`, two columns a word, in 32-bit arithmetic that wraps: it rounds numbers in every step.
+    Half words of `bits`, two columns a word, in 32-bit arithmetic that wraps: it rounds numbers in every step. The seed
+    may be an int32 tensor.
     """
     row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int32)[:, None]
+    keyed = _finalise32_((row * _signed(_GOLDEN)).add_(seed if isinstance(seed, Tensor) else _signed(seed)))
+    if torch.compiler.is_compiling():  # a compiler fuses what follows, and has no views of another size
+        col = torch.arange(cols.start, cols.stop, device=device, dtype=torch.int32)[None, :]
+        word = _finalise32_(keyed ^ ((col >> 1) * _signed(_SPREAD)))
+        return ((word >> ((col & 1) << 4)) << 16) >> 16
     col = torch.arange(cols.start // 2, (cols.stop + 1) // 2, device=device, dtype=torch.int32)[None, :]
-    keyed = _finalise32_((row * _signed(_GOLDEN)).add_(_signed(seed)))
     return _finalise32_(keyed ^ (col * _signed(_SPREAD))).view(torch.int16)[:, cols.start % 2 :][:, : len(cols)]
 
 
 def noise_at(seed: int, row: Tensor, col: Tensor) -> Tensor:
-    """The same for single cells, int64 indices of one shape."""
+    """The same for single cells, by int64 indices of shapes that broadcast."""
     keyed = _finalise((row * _GOLDEN + seed) & _MASK)
     word = _finalise((keyed ^ ((col >> 1) * _SPREAD & _MASK)) & _MASK)
     return ((word >> ((col & 1) << 4)) & 0xFFFF).to(torch.int32).to(torch.int16)

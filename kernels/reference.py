@@ -135,23 +135,23 @@ class Scaled(NamedTuple):
 
 
 class Signed(NamedTuple):
-    """A residual `c sign(G - E F^T)`, zero where the difference is not above the floor.
+    """A residual `c sign(G - E F^T)`, zero where the difference is not above the floor; without factors `c sign(G)`.
 
     Args:
         grad: G (m, n).
+        sound: Whether G is finite, 0-d; it counts as zero if not.
+        scale: c; negative where the gradient is ascended, then left and right are those of G all the same.
         left: E (m, r).
         right: F (n, r).
         floor: Rounding errors of a row or a column, (m, 1) or (1, n).
-        sound: Whether G is finite, 0-d; it counts as zero if not.
-        scale: c; negative where the gradient is ascended, then left and right are those of G all the same.
     """
 
     grad: Tensor
-    left: Tensor
-    right: Tensor
-    floor: Tensor
     sound: Tensor
     scale: float
+    left: Tensor | None = None
+    right: Tensor | None = None
+    floor: Tensor | None = None
 
 
 class Move(NamedTuple):
@@ -182,12 +182,18 @@ def residual(kind: Scaled | Signed | None, work: torch.dtype, gemm: torch.dtype)
     """The residual (m, n) in the working dtype."""
     if kind is None:
         return 0.0
-    grad = kind.grad.to(work)
     if isinstance(kind, Scaled):
-        return torch.where(kind.factors == 0, 0.0, grad * kind.factors)
-    within = (kind.left.to(gemm) @ kind.right.to(gemm).T).to(work)
-    rest = torch.where(kind.sound, grad, 0.0) - within
+        return scaled(kind, work)
+    rest = torch.where(kind.sound, kind.grad.to(work), 0.0)
+    if kind.left is None or kind.right is None or kind.floor is None:
+        return rest.sign() * kind.scale
+    rest = rest - (kind.left.to(gemm) @ kind.right.to(gemm).T).to(work)
     return torch.where(rest.abs() > kind.floor, rest.sign(), 0.0) * kind.scale
+
+
+def scaled(kind: Scaled, work: torch.dtype) -> Tensor:
+    """`s o G` in the working dtype."""
+    return torch.where(kind.factors == 0, 0.0, kind.grad.to(work) * kind.factors)
 
 
 def square_means(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ Random bits are a function of seed, row and column of the weight: the same on ev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,14 +38,16 @@ class Target:
         seed: Of stochastic rounding.
         row: Number of its first row in the whole weight.
         col: Number of its first column.
+        cells: Row and column of every entry in the whole weight, where they are a selection; of shapes that broadcast.
     """
 
     weight: Tensor
     mode: str = "nearest"
     correction: Tensor | None = None
-    seed: int = 0
+    seed: int | Tensor = 0
     row: int = 0
     col: int = 0
+    cells: tuple[Tensor, Tensor] | None = None
 
     @property
     def work(self) -> torch.dtype:
@@ -61,6 +64,34 @@ class Target:
         correction = None if self.correction is None else self.correction[rows, cols]
         row, col = self.row + (rows.start or 0), self.col + (cols.start or 0)
         return replace(self, weight=self.weight[rows, cols], correction=correction, row=row, col=col)
+
+    def select(self, index: Tensor, dim: int) -> Target:
+        """Copy some rows (dim 0) or columns (dim 1); `put` writes them back."""
+        across = torch.arange(self.weight.shape[1 - dim], device=index.device)
+        cells = (index[:, None], across) if dim == 0 else (across[:, None], index)
+        return self._copy(lambda tensor: tensor.index_select(dim, index), cells)
+
+    def put(self, selection: Target, index: Tensor, dim: int) -> None:
+        """Write rows or columns of `select` back."""
+        self.weight.index_copy_(dim, index, selection.weight)
+        if self.correction is not None and selection.correction is not None:
+            self.correction.index_copy_(dim, index, selection.correction)
+
+    def take(self, index: Tensor) -> Target:
+        """Copy the entries at flat indices (k,), as (1, k); `put_at` writes them back."""
+        width = self.weight.shape[1]
+        return self._copy(lambda tensor: tensor.take(index)[None], (index // width, index % width))
+
+    def put_at(self, selection: Target, index: Tensor) -> None:
+        """Write entries of `take` back."""
+        self.weight.put_(index, selection.weight)
+        if self.correction is not None and selection.correction is not None:
+            self.correction.put_(index, selection.correction)
+
+    def _copy(self, choose: Callable[[Tensor], Tensor], cells: tuple[Tensor, Tensor]) -> Target:
+        correction = None if self.correction is None else choose(self.correction)
+        moved = (cells[0] + self.row, cells[1] + self.col)
+        return replace(self, weight=choose(self.weight), correction=correction, cells=moved)
 
     def read(self) -> Tensor:
         """The value of the weight, corrections included, in a tensor of its own."""
@@ -82,6 +113,8 @@ class Target:
             self.correction.copy_(correction)
 
     def _noise(self) -> Tensor:
+        if self.cells is not None:
+            return random.noise_at(self.seed, *self.cells).view(self.weight.shape)
         rows, cols = self.weight.shape
         across = range(self.col, self.col + cols)
         return random.noise(self.seed, range(self.row, self.row + rows), across, self.weight.device)

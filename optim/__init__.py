@@ -2,6 +2,7 @@
 
 from .accumulate import SubspaceAccumulator
 from .adafactor import Adafactor
+from .adamw import AdamW8bit
 from .badam import LISA, BAdam
 from .fira import Fira
 from .flora import Flora
@@ -11,11 +12,12 @@ from .galore_plus import GaLorePlus
 from .lowrank import LowRank
 from .online_subspace import OnlineSubspaceDescent
 from .params import head_groups, param_groups
-from .presets import FiraAdamW, GaLoreAdafactor, GaLoreAdamW
+from .presets import FiraAdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 
 __all__ = [
     "LISA",
     "Adafactor",
+    "AdamW8bit",
     "BAdam",
     "Fira",
     "FiraAdamW",
@@ -24,6 +26,7 @@ __all__ = [
     "GaLore",
     "GaLoreAdafactor",
     "GaLoreAdamW",
+    "GaLoreAdamW8bit",
     "GaLorePlus",
     "LowRank",
     "OnlineSubspaceDescent",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..kernels.rounding import ROUNDINGS
 from .core import codec, factored
 from .core.apply import move_
 from .core.basis import State
@@ -16,6 +17,7 @@ from .core.bucket import Bucket
 from .core.hyper import scalar
 from .core.lifecycle import Lifecycle
 from .core.spec import Spec, counter
+from .core.target import writing
 from .core.validate import check_adam, check_choices
 from .core.view import MatrixView
 
@@ -25,6 +27,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "eps_mode": ("square", "floor"),
     "factor_dims": ("last2", "largest2"),
     "momentum_dtype": codec.STATE_DTYPES,
+    "rounding": ROUNDINGS,
 }
 
 
@@ -47,6 +50,8 @@ class Options:
     factor_dims: str
     min_dim_size_to_factor: int
     momentum_dtype: str
+    rounding: str
+    seed: int
     maximize: bool
 
     def eps1(self, dtype: torch.dtype) -> float:
@@ -97,8 +102,10 @@ class Adafactor(Lifecycle):
         factor_dims: Factor the "last2" dimensions or the "largest2", which is the rule that saves memory on
             convolutions.
         min_dim_size_to_factor: Keep V whole where a factored dimension is smaller.
-        momentum_dtype: Dtype of the momentum, "float32" (fp64 for fp64 parameters), "bfloat16", "parameter", or a
-            torch.dtype; the statistics are fp32 always.
+        momentum_dtype: Dtype of the momentum, "float32" (fp64 for fp64 parameters), "bfloat16", "8bit", "bnb8",
+            "parameter", or a torch.dtype; the statistics are fp32 always.
+        rounding: How bf16 weights are written, see `GaLore`.
+        seed: Seed of stochastic rounding.
         maximize: Ascend instead of descend.
 
     Raises:
@@ -128,6 +135,8 @@ class Adafactor(Lifecycle):
         factor_dims: str = "last2",
         min_dim_size_to_factor: int = 0,
         momentum_dtype: str | torch.dtype = "float32",
+        rounding: str = "nearest",
+        seed: int = 0,
         maximize: bool = False,
     ) -> None:
         relative = lr is None if relative_step is None else relative_step
@@ -138,7 +147,7 @@ class Adafactor(Lifecycle):
         moment = {"beta2_decay": beta2_decay, "eps": eps, "eps_mode": eps_mode}
         decay = {"weight_decay": weight_decay, "decay_by": decay_by, "scale_parameter": scale_parameter}
         storage = {"factor_dims": factor_dims, "min_dim_size_to_factor": min_dim_size_to_factor}
-        numerics = {"momentum_dtype": momentum_dtype, "maximize": maximize}
+        numerics = {"momentum_dtype": momentum_dtype, "rounding": rounding, "seed": seed, "maximize": maximize}
         super().__init__(params, step | update | moment | decay | storage | numerics)
 
     @classmethod
@@ -196,12 +205,13 @@ class Adafactor(Lifecycle):
         """One step of Adafactor, parameter by parameter."""
         torch._foreach_add_([held["step"] for held in b.states], 1)
         options = self._hyper(self.param_groups[b.plan.group])
-        for param, grad, held in zip(b.params, b.grads, b.states, strict=True):
-            self._step_one(param, -grad if options.maximize else grad, held, options)
+        for index in range(len(b.params)):
+            self._step_one(b, index, options)
 
     @staticmethod
-    def _step_one(param: Tensor, grad: Tensor, held: State, o: Options) -> None:
-        work = codec.work_dtype(param.dtype)
+    def _step_one(b: Bucket, index: int, o: Options) -> None:
+        param, held, work = b.params[index], b.states[index], b.dtype
+        grad = -b.grads[index] if o.maximize else b.grads[index]
         t = int(held["step"])
         alpha = step_size(param, t, o)  # alpha_t = max(eps2, rms(X)) rho_t
         update = precondition(grad.to(work), held, t, o, o.eps1(param.dtype))  # U_t = G / sqrt(V_t)
@@ -209,16 +219,17 @@ class Adafactor(Lifecycle):
         if o.momentum_on == "scaled_update":
             update.mul_(alpha)
         if o.beta1 is not None:
-            moment = codec.load(held["exp_avg"], work).lerp_(update, 1 - o.beta1)
+            moment = codec.load(held, "exp_avg", o.momentum_dtype, work).lerp_(update, 1 - o.beta1)
             if moment is held["exp_avg"]:
                 update = moment.clone()
             else:
-                codec.store(held["exp_avg"], moment)
+                codec.store(held, "exp_avg", moment, o.momentum_dtype)
                 update = moment
         if o.momentum_on == "update":
             update.mul_(alpha)
         rate = {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by]
-        move_(param, update, 1 - o.weight_decay * rate if o.weight_decay else 1.0)
+        for target in writing(param, held, o, b.positions[index]):
+            move_(target, codec.matrix(update), 1 - o.weight_decay * rate if o.weight_decay else 1.0)
 
     def _validate(self, group: dict[str, Any]) -> None:
         check_choices(group, CHOICES)
@@ -295,6 +306,5 @@ def specs(param: Tensor, o: Options) -> dict[str, Spec]:
         statistics = {"exp_avg_sq_row": turned[:-1], "exp_avg_sq_col": turned[:-2] + turned[-1:]}
     described = {name: Spec(size, work, param.device) for name, size in statistics.items()}
     if o.beta1 is not None:
-        storage = codec.storage_dtype(param.dtype, o.momentum_dtype)
-        described["exp_avg"] = Spec(shape, storage, param.device)
+        described |= codec.specs("exp_avg", shape, param, o.momentum_dtype)
     return {"step": counter(), **described}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..kernels import BACKENDS
+from ..kernels.rounding import ROUNDINGS
 from . import adafactor
 from .core import codec, factored
 from .core.apply import move_
@@ -18,6 +19,7 @@ from .core.hyper import scalar
 from .core.lifecycle import Lifecycle
 from .core.seeded import DISTRIBUTIONS, SeededBasis, shortest_window
 from .core.spec import Spec, counter
+from .core.target import writing
 from .core.validate import check_choices, check_rank
 from .core.view import SIDES, MatrixView, matrix_shape, rank_of
 
@@ -25,6 +27,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "distribution": DISTRIBUTIONS,
     "proj_type": tuple(side for side in SIDES if side != "full"),
     "state_dtype": codec.STATE_DTYPES,
+    "rounding": ROUNDINGS,
     "backend": BACKENDS,
 }
 
@@ -42,7 +45,6 @@ class Options(adafactor.Options):
     update_proj_gap: int
     distribution: str
     proj_type: str
-    seed: int
     backend: str
 
 
@@ -77,7 +79,8 @@ class Flora(Lifecycle):
         proj_type: Side that is projected: "std" (the smaller), "reverse_std", "left" or "right".
         relative_step: Learning rate min(lr, 1/sqrt(t)); None means: where no `lr` is given.
         scale_parameter: Multiply the learning rate by max(eps2, rms(W)).
-        state_dtype: Dtype of the momentum: "float32" (fp64 for fp64 parameters), "bfloat16", "parameter", ...
+        state_dtype: Dtype of the momentum: "float32" (fp64 for fp64 parameters), "bfloat16", "8bit", ...
+        rounding: How bf16 weights are written, see `GaLore`.
         seed: Seed of the bases, which are a function of it, of parameter order and of step.
         maximize: Ascend instead of descend.
         backend: "auto", or the only kernel backend to make bases with.
@@ -108,6 +111,7 @@ class Flora(Lifecycle):
         relative_step: bool | None = None,
         scale_parameter: bool = True,
         state_dtype: str | torch.dtype = "float32",
+        rounding: str = "nearest",
         seed: int = 0,
         maximize: bool = False,
         backend: str = "auto",
@@ -119,6 +123,7 @@ class Flora(Lifecycle):
         update = {"beta1": beta1, "beta2_decay": beta2_decay, "eps": eps, "clip_threshold": clip_threshold}
         subspace = {"rank": rank, "update_proj_gap": update_proj_gap, "distribution": distribution, "seed": seed}
         storage: dict[str, Any] = {"proj_type": proj_type, "state_dtype": state_dtype, "backend": backend}
+        storage["rounding"] = rounding
         storage |= {"weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, step | update | subspace | storage)
 
@@ -131,11 +136,11 @@ class Flora(Lifecycle):
             update = b.view.orient(whole)  #                                                          (a, b)
             old, new = bases(b, index, o)  # P_{t-1}, P_t                                             (b, r)
             low = update @ new  # U_t P_t                                                             (a, r)
-            moment = codec.load(held["exp_avg"], b.dtype)  # C_{t-1}                                  (a, r)
+            moment = codec.load(held, "exp_avg", o.momentum_dtype, b.dtype)  # C_{t-1}                (a, r)
             update.addmm_(moment, old.T, beta=1 - beta1, alpha=beta1)  # (1-b1) U_t + b1 C_{t-1} P_{t-1}^T
             if old is not new:
                 moment = moment @ (old.T @ new)  # C_{t-1} P_{t-1}^T P_t                              (a, r)
-            held["exp_avg"].copy_(torch.lerp(moment, low, 1 - beta1))  # C_t
+            codec.store(held, "exp_avg", torch.lerp(moment, low, 1 - beta1), o.momentum_dtype)  # C_t
             move(b, index, whole, o)  # W <- (1 - alpha wd) W - alpha clip(Ubar)
 
     def plain(self, b: Bucket) -> None:
@@ -144,9 +149,9 @@ class Flora(Lifecycle):
         for index, held in enumerate(b.states):
             update = whiten(b, index, o)
             if o.beta1 is not None:
-                moment = codec.load(held["exp_avg"], b.dtype)
+                moment = codec.load(held, "exp_avg", o.momentum_dtype, b.dtype)
                 update = torch.lerp(moment, update, 1 - o.beta1)
-                held["exp_avg"].copy_(update)
+                codec.store(held, "exp_avg", update, o.momentum_dtype)
             move(b, index, update, o)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -195,13 +200,13 @@ class Flora(Lifecycle):
         o = self._hyper(group)
         if view is None:
             return adafactor.specs(param, o)
-        work, storage = codec.work_dtype(param.dtype), codec.storage_dtype(param.dtype, o.momentum_dtype)
+        work = codec.work_dtype(param.dtype)
         return {
             "step": counter(),
             "basis_key": Spec((), torch.int64, torch.device("cpu")),
             "exp_avg_sq_row": Spec((view.m,), work, param.device),
             "exp_avg_sq_col": Spec((view.n,), work, param.device),
-            "exp_avg": Spec(view.low_shape, storage, param.device),
+            **codec.specs("exp_avg", view.low_shape, param, o.momentum_dtype),
         }
 
 
@@ -247,4 +252,6 @@ def move(b: Bucket, index: int, update: Tensor, o: Options) -> None:
     param = b.params[index]
     alpha = adafactor.step_size(param, int(b.states[index]["step"]), o)
     factored.clip_(update, o.clip_threshold).mul_(alpha)
-    move_(param, update.reshape(param.shape), 1 - o.weight_decay * alpha if o.weight_decay else 1.0)
+    for target in writing(param, b.states[index], o, b.positions[index]):
+        update = update.reshape(target.weight.shape)
+        move_(target, update, 1 - o.weight_decay * alpha if o.weight_decay else 1.0)

@@ -50,10 +50,13 @@ class GaLore(SubspaceOptimizer):
         weight_norm: Step in the coordinates length and direction of every row, `W = g V / |V|`, without a copy of V:
             two numbers and the rule's moments a row more. Needs fp32 or fp64 weights.
         rule: Inner optimizer: "adamw", "adafactor", "lion", "rmsprop" or "sgd".
-        state_dtype: Dtype of the moments: "float32" (the default; fp64 for fp64 parameters), "bfloat16" (second
-            moments rounded stochastically), "parameter" (the default of `compat="official"`), or a torch.dtype.
+        state_dtype: How moments are stored: "float32" (the default; fp64 for fp64 parameters), "8bit" (codes of 8 bits
+            with a scale every 128 entries of a row, second moments rounded stochastically), "bnb8" (the codes of
+            bitsandbytes), "bfloat16" (second moments rounded stochastically), "parameter" (the default of
+            `compat="official"`), or a torch.dtype.
         gemm_dtype: Dtype of the projections' operands; "auto" is the gradient's.
-        rounding: How low-precision weights are written: "nearest".
+        rounding: How bf16 weights are written: "nearest", "stochastic" (unbiased, without state), "compensated" (the
+            fp32 weight, of which 16 bits are kept in state) or "compensated8" (24 bits of it, one byte of state).
         stagger: Spread the refreshes of the matrices over the interval, so that no step stalls.
         seed: Seed of the sketches; results are a function of it, of parameter order and of step.
         maximize: Ascend instead of descend.

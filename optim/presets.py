@@ -47,6 +47,39 @@ class GaLoreAdamW(GaLore):
         super().__init__(params, lr, betas, eps, weight_decay, **_official(options))
 
 
+class GaLoreAdamW8bit(GaLore):
+    """`galore_torch.GaLoreAdamW8bit` on our core: both moments in the 8-bit codes of bitsandbytes, which is not needed.
+
+    As `GaLoreAdamW`, but eps is added after bias correction and the defaults are those of that class.
+
+    Args:
+        params: Parameters or the official parameter groups.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the root of the second moment, after bias correction.
+        weight_decay: Decoupled decay, after the update.
+        options: Any further option of `GaLore`, as `state_dtype="8bit"` for codes that are closer to fp32.
+
+    Raises:
+        ValueError: As `GaLore`.
+
+    Differences from the authors' code: blocks lie within rows, so that codes are bitsandbytes' where the rank is a
+    multiple of 256; the update is not rounded to the weight's dtype before it is projected back; projected matrices
+    with small states move (theirs do not with bitsandbytes 0.50); weights are not cloned.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, **_official({"state_dtype": "bnb8", **options}))
+
+
 class GaLoreAdafactor(GaLore):
     """`galore_torch.GaLoreAdafactor` on our core: Adafactor on the projected gradient, and full-rank in plain groups.
 

@@ -334,48 +334,6 @@ def test_a_view_orients_without_copying(side: str, shape: list[int], rank: int) 
 # ---------------------------------------------------------------------------------------------- codec, factored
 
 
-@few
-@given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=30), seeds)
-def test_stochastic_rounding_goes_to_a_neighbour_and_keeps_what_bf16_holds(values: list[float], seed: int) -> None:
-    exact = torch.tensor(values).bfloat16().float()
-    assert torch.equal(codec.round_stochastically(exact, seed), exact)
-    value = torch.tensor(values)
-    rounded = codec.round_stochastically(value, seed)
-    assert torch.equal(rounded.bfloat16().float(), rounded)
-    assert ((rounded - value).abs() <= value.abs() * 2**-7 + 1e-38).all()
-
-
-def test_stochastic_rounding_is_unbiased() -> None:
-    for value in (1.0 + 2**-10, 1.0 + 3 * 2**-9, 0.1, -0.7, 1e-20, 3e20):
-        sample = codec.round_stochastically(torch.full((100_000,), value), seed=1).double()
-        spread = sample.std() / len(sample) ** 0.5
-        assert abs(sample.mean() - torch.tensor(value).double()) <= 4 * spread, value
-        assert len(sample.unique()) == 2
-
-
-def test_stochastic_rounding_passes_on_what_is_not_finite_and_does_not_overflow() -> None:
-    odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0])
-    torch.testing.assert_close(codec.round_stochastically(odd, 1), odd, equal_nan=True, rtol=0, atol=0)
-    top = torch.full((1000,), torch.finfo(torch.bfloat16).max)
-    assert torch.equal(codec.round_stochastically(top, 1), top)
-
-
-def test_stochastic_rounding_is_a_function_of_the_seed_and_of_no_global_state() -> None:
-    value, before = randn(50, dtype=torch.float32), torch.get_rng_state()
-    one, again, other = (codec.round_stochastically(value, seed) for seed in (1, 1, 2))
-    assert torch.equal(one, again)
-    assert not torch.equal(one, other)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_load_and_store_are_free_in_the_working_dtype() -> None:
-    stored = randn(4, dtype=torch.float32)
-    assert codec.load(stored, torch.float32) is stored
-    before = stored.clone()
-    codec.store(stored, stored, seed=1)
-    assert torch.equal(stored, before)
-
-
 @pytest.mark.parametrize(
     ("param", "state", "stored"),
     [

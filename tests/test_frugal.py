@@ -14,8 +14,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowmem.kernels import tiles
 from lowmem.optim import LISA, BAdam, Frugal, GaLore, param_groups
-from lowmem.optim.core import blocks, tiles
+from lowmem.optim.core import blocks
 from lowmem.optim.core.projector import PROJECTORS
 from lowmem.optim.core.state import is_counter
 from torch import Tensor, nn

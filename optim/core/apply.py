@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import random
+from ...kernels.rounding import Target
 from . import codec
 from .bucket import Bucket
 from .rules import Work, learning_rate
@@ -27,14 +28,16 @@ def run_rule(b: Bucket, stored: Work, keys: list[tuple[int, ...]]) -> None:
         stored: The work, with states as they are stored.
         keys: What distinguishes each tensor in this step: the seed of the stochastic rounding of second moments.
     """
-    names = b.rule.buffers(tuple(stored.grads[0].shape), b.hyper)
-    loaded = [{name: codec.load(held[name], b.dtype) for name in names} for held in stored.states]
+    seeds = [random.mix(b.hyper.seed, *key) for key in keys]
+    if b.rule.coded_direction(stored, b.hyper, seeds):
+        return
+    names, storage = b.rule.buffers(tuple(stored.grads[0].shape), b.hyper), b.hyper.state_dtype
+    loaded = [{name: codec.load(held, name, storage, b.dtype) for name in names} for held in stored.states]
     b.rule.direction(replace(stored, states=loaded), b.hyper)
-    for held, values, key in zip(stored.states, loaded, keys, strict=True):
+    for held, values, seed in zip(stored.states, loaded, seeds, strict=True):
         for name, value in values.items():
             if value is not held[name]:
-                drifts = name in b.rule.drifting and not b.hyper.official
-                codec.store(held[name], value, random.mix(b.hyper.seed, *key) if drifts else None)
+                codec.store(held, name, value, storage, seed if b.dithers(name) else None)
 
 
 def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
@@ -55,11 +58,11 @@ def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
     return (lr * decay if hyper.official else lr), decay
 
 
-def move_(weight: Tensor, update: Tensor, decay: float | Tensor = 1.0) -> None:
-    """`X <- decay X - U` in the dtype of U, rounded once."""
-    work = weight.to(update.dtype)
+def move_(target: Target, update: Tensor, decay: float | Tensor = 1.0) -> None:
+    """`W <- decay W - U` (m, n), U in the working dtype, rounded once."""
+    value = target.weight if target.exact else target.read()
     if isinstance(decay, Tensor) or decay != 1.0:
-        work.mul_(decay)
-    work.sub_(update)
-    if work is not weight:
-        weight.copy_(work)
+        value.mul_(decay)
+    value.sub_(update)
+    if not target.exact:
+        target.write(value)

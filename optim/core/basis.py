@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels import random
+from ...kernels import pick, random
+from ...kernels.reference import Move, Scaled, scaled
+from ...kernels.rounding import Target
+from ...kernels.tiles import row_blocks
 from . import linalg
 from .change import Change, Match, Turn
 from .spec import Spec
-from .tiles import row_blocks
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -43,11 +45,26 @@ class Bases(NamedTuple):
 
 
 class Step(NamedTuple):
-    """How a direction is added to a weight: `W <- decay W + alpha N P^T`, products in the dtype `gemm`."""
+    """How a direction moves a weight.
 
-    decay: float | Tensor
-    alpha: float
-    gemm: torch.dtype
+    Args:
+        move: `W <- decay W + alpha (N P^T + residual)`, the residual in the order of the weight's memory.
+        transposed: The weight is A^T.
+        backend: Kernel backend.
+    """
+
+    move: Move
+    transposed: bool = False
+    backend: str = "auto"
+
+    def add(self, target: Target, direction: Tensor, basis: Tensor) -> None:
+        """Move by a direction N (a, r) in a basis P (b, r): one product."""
+        left, right = (basis, direction) if self.transposed else (direction, basis)
+        pick("project_back", target.weight, self.backend)(target, left, right, self.move)
+
+    def rest(self, target: Target) -> None:
+        """Only decay, and add the residual."""
+        pick("project_back", target.weight, self.backend)(target, None, None, self.move)
 
 
 class Basis(ABC):
@@ -75,8 +92,8 @@ class Basis(ABC):
         """`R <- A P`, products in the dtype `gemm`."""
 
     @abstractmethod
-    def project_back_(self, weight: Tensor, direction: Tensor, held: State, step: Step) -> None:
-        """`W <- decay W + alpha N P^T`, W oriented (a x b)."""
+    def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
+        """`W <- decay W + alpha (N P^T + residual)`, rounded once."""
 
     def columns(self, held: State, size: int, dtype: torch.dtype) -> Tensor:
         """P (b x r) as one matrix of a given dtype, b = `size`, for bases that are one."""
@@ -120,12 +137,11 @@ class Dense(Basis):
         """One product, `A P`, or two, `Q^T A P`."""
         _multiply(matrix, held["basis"], gemm, out, held.get("basis_left"))
 
-    def project_back_(self, weight: Tensor, direction: Tensor, held: State, step: Step) -> None:
+    def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
         """One product in place, `N P^T`, or two, `Q N P^T`."""
-        direction = direction.to(step.gemm)
         if "basis_left" in held:
-            direction = held["basis_left"].to(step.gemm) @ direction  # (a, r)
-        _addmm_(weight, direction, held["basis"].to(step.gemm), step)
+            direction = held["basis_left"].to(step.move.gemm) @ direction.to(step.move.gemm)  # (a, r)
+        step.add(target, direction, held["basis"])
 
     def across(self, held: State, rows: Tensor, cols: Tensor) -> Tensor:
         """The rows of P (k, r) that meet the entries (rows, cols) of A in `R P^T`."""
@@ -153,13 +169,19 @@ class Index(Basis):
         """Gather columns."""
         out.copy_(matrix.index_select(1, held["basis"]))
 
-    def project_back_(self, weight: Tensor, direction: Tensor, held: State, step: Step) -> None:
-        """Scatter columns, rounding once."""
-        chosen = held["basis"].long()
-        columns = weight.index_select(1, chosen).to(direction.dtype).mul_(step.decay)
-        if not isinstance(step.decay, float) or step.decay != 1.0:
-            weight.mul_(step.decay)
-        weight.index_copy_(1, chosen, columns.add_(direction, alpha=step.alpha).to(weight.dtype))
+    def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
+        """Scatter columns; a signed residual is zero in them."""
+        chosen, (decay, alpha, _, residual) = held["basis"].long(), step.move
+        columns = target.select(chosen, 0 if step.transposed else 1)
+        value = columns.read().mul_(decay)  # (a, r), or its transpose as all that follows
+        moved = direction.T if step.transposed else direction
+        if isinstance(residual, Scaled):
+            there = Scaled(residual.grad.index_select(0 if step.transposed else 1, chosen), residual.factors)
+            moved = moved + scaled(there, value.dtype)
+        if residual is not None or isinstance(decay, Tensor) or decay != 1.0:
+            step.rest(target)
+        columns.write(value.add_(moved * alpha))
+        target.put(columns, chosen, 0 if step.transposed else 1)
 
 
 class Cosine(Index):
@@ -169,9 +191,10 @@ class Cosine(Index):
         """`A D_S`, S the chosen columns."""
         _multiply(matrix, self.columns(held, matrix.shape[1], gemm), gemm, out)
 
-    def project_back_(self, weight: Tensor, direction: Tensor, held: State, step: Step) -> None:
+    def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
         """`N D_S^T`."""
-        _addmm_(weight, direction.to(step.gemm), self.columns(held, weight.shape[1], step.gemm), step)
+        size = target.weight.shape[0 if step.transposed else 1]
+        step.add(target, direction, self.columns(held, size, step.move.gemm))
 
     def columns(self, held: State, size: int, dtype: torch.dtype) -> Tensor:
         """`D_S`."""
@@ -189,23 +212,6 @@ def _multiply(matrix: Tensor, basis: Tensor, gemm: torch.dtype, out: Tensor, lef
     else:
         for rows in row_blocks(matrix, gemm):
             out[rows] = (matrix[rows].to(gemm) @ basis).to(out.dtype)
-
-
-def _addmm_(weight: Tensor, direction: Tensor, basis: Tensor, step: Step) -> None:
-    """`W <- decay W + alpha N P^T` for W (a x b) of either memory order."""
-    factors = (direction, basis.T)
-    if weight.stride(-1) != 1:
-        weight, factors = weight.T, (basis, direction.T)
-    decay = step.decay
-    if isinstance(decay, Tensor):
-        weight.mul_(decay)
-        decay = 1.0
-    if direction.dtype == weight.dtype:
-        weight.addmm_(*factors, beta=decay, alpha=step.alpha)
-        return
-    for rows in row_blocks(weight, direction.dtype):  # rounded once
-        product = (factors[0][rows] @ factors[1]).mul_(step.alpha)
-        weight[rows] = product.add_(weight[rows].to(product.dtype), alpha=decay)
 
 
 DENSE, INDEX, COSINE = Dense(), Index(), Cosine()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import random
+from .target import CORRECTION
 
 ORDERS = ("random", "iid", "ascending", "descending", "mirror")
 """Values of the option `block_order`."""
@@ -143,7 +144,9 @@ def advance(group: dict[str, Any], states: MutableMapping[Any, Any]) -> None:
         stale = before | after if restarts else before ^ after
         for param in group["params"]:
             if id(param) in stale:
-                states.pop(param, None)
+                correction = states.pop(param, {}).get(CORRECTION)
+                if correction is not None:  # it belongs to the weight
+                    states[param] = {CORRECTION: correction}
         group[WAIT] = group["update_proj_gap"]
     group[WAIT] -= 1
 

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ...kernels.blockwise import FORMATS
+from ...kernels.rounding import Target
 from . import codec
 from .basis import Basis, State
 from .hyper import Hyper
 from .layout import Layout
 from .rules import RULES, Rule
+from .target import writing
 from .view import MatrixView
 
 CPU_BUFFER = 1 << 19
@@ -111,20 +114,24 @@ class Bucket:
         dtype: torch.dtype = getattr(torch, self.hyper.gemm_dtype)
         return dtype
 
+    def dithers(self, name: str) -> bool:
+        """Whether a moment is rounded stochastically; the authors' codes round bf16 to nearest."""
+        nearest = self.hyper.official and self.hyper.state_dtype not in FORMATS
+        return name in self.rule.drifting and not nearest
+
     def matrix(self, index: int) -> Tensor:
         """The oriented gradient A (a x b) of one parameter."""
         return self.view.orient(self.grads[index])
 
-    def weights(self) -> Iterator[Tensor]:
-        """Every weight as an oriented matrix (a, b) to write into.
+    def targets(self) -> Iterator[Target]:
+        """Every weight to write to, as a matrix (m, n) in the order of its memory."""
+        shape = (self.view.m, self.view.n)
+        for param, held, position in zip(self.params, self.states, self.positions, strict=True):
+            yield from writing(param, held, self.hyper, position, shape)
 
-        One that cannot be viewed as a matrix, channels-last say, is copied back.
-        """
-        for param in self.params:
-            weight = param.detach().reshape(self.view.m, self.view.n)
-            yield weight.T if self.view.transposed else weight
-            if weight.data_ptr() != param.data_ptr():
-                param.copy_(weight.view_as(param))
+    def natural(self, index: int) -> Tensor:
+        """The gradient of one parameter as a matrix (m, n), not oriented."""
+        return self.grads[index].reshape(self.view.m, self.view.n)
 
     def only(self, index: int) -> Bucket:
         """The bucket of one of the parameters."""

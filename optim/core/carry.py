@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...kernels import random
 from . import codec
-from .basis import State
 from .bucket import Bucket
 from .change import Change
 from .state import AGE
 
 
-def carry_moments(b: Bucket, held: State, change: Change) -> None:
+def carry_moments(b: Bucket, index: int, change: Change) -> None:
     """Take the moments of one matrix along to its new basis, as the group's `carry` says.
 
     keep     M and V keep their numbers, which then refer to other directions
@@ -20,22 +20,23 @@ def carry_moments(b: Bucket, held: State, change: Change) -> None:
              M <- M C^T,  V <- V (C o C)^T  (coordinates taken as uncorrelated)
              coordinates of an index basis that stay keep their numbers and their age, new ones start at zero
     """
+    held, stored = b.states[index], b.hyper.state_dtype
     names = list(b.rule.buffers(b.view.low_shape, b.hyper))
     if b.hyper.carry == "reset":
         for name in [*names, "step"]:
-            held[name].zero_()
+            codec.zero_(held, name)
     if b.hyper.carry != "rotate":
         return
-    moments = {name: codec.load(held[name], b.dtype) for name in names}
-    for name in b.rule.linear:
-        if name in moments:
-            held[name].copy_(change.first(moments[name]))
+    moments = {name: codec.load(held, name, stored, b.dtype) for name in names}
+    carried = {name: change.first(moments[name]) for name in b.rule.linear if name in moments}
     if "exp_avg_sq" in moments:
-        held["exp_avg_sq"].copy_(change.second(moments["exp_avg_sq"]))
+        carried["exp_avg_sq"] = change.second(moments["exp_avg_sq"])
     if "exp_avg_sq_row" in moments:
         row, col = carry_factored(moments["exp_avg_sq_row"], moments["exp_avg_sq_col"], change)
-        held["exp_avg_sq_row"].copy_(row)
-        held["exp_avg_sq_col"].copy_(col)
+        carried |= {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
+    for name, value in carried.items():
+        seed = random.mix(b.hyper.seed, b.positions[index], int(held["refreshes"]), 2)
+        codec.store(held, name, value, stored, seed if b.dithers(name) else None)
     if AGE in held:
         held[AGE].copy_(change.cols(held[AGE]))
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import random
+from ...kernels.project_back import piece
+from ...kernels.rounding import Target
 from .basis import DENSE, Bases, Basis, State, Step
 from .change import Change, Turn
 from .spec import Spec
@@ -159,11 +161,13 @@ class Segments(Basis):
         for block, basis, low in zip(torch.split(matrix, sizes), held["basis"], torch.split(out, sizes), strict=True):
             DENSE.project(block, {"basis": basis}, gemm, low)
 
-    def project_back_(self, weight: Tensor, direction: Tensor, held: State, step: Step) -> None:
-        """`W_j <- decay W_j + alpha N_j P_j^T`."""
-        blocks, lows = (torch.split(tensor, list(self.sizes)) for tensor in (weight, direction))
-        for block, low, basis in zip(blocks, lows, held["basis"], strict=True):
-            DENSE.project_back_(block, low, {"basis": basis}, step)
+    def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
+        """`W_j <- decay W_j + alpha (N_j P_j^T + residual)`."""
+        first = 0
+        for size, basis in zip(self.sizes, held["basis"], strict=True):
+            rows, first = slice(first, first + size), first + size
+            part = step._replace(move=step.move._replace(residual=piece(step.move.residual, rows, slice(None))))
+            DENSE.project_back_(target.part(rows), direction[rows], {"basis": basis}, part)
 
     def across(self, held: State, rows: Tensor, cols: Tensor) -> Tensor:
         """Rows of P by range and column."""

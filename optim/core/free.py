@@ -20,15 +20,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .apply import count_step, move_, rates
+from ...kernels.project_back import piece
+from ...kernels.reference import Scaled, Signed
+from ...kernels.reference import residual as remainder
+from ...kernels.tiles import tiles
+from .apply import count_step
 from .basis import INDEX
 from .bucket import Bucket
 from .plain import plain_
-from .tiles import Factors, Residual, product, tiles
-from .verbs import project_back_
+from .verbs import move_back_, scaled_rows
 
 FREE_RULES = ("signsgd", "sgd", "none", "freeze")
 """Values of the option `free_rule`."""
+NOISE = 2, 256
+"""Roundings of products and of bases, of an average entry of a row, up to which E = A - R P^T is taken for zero."""
+
 FREE_SPACES = ("ambient", "complement")
 """Values of the option `free_space`."""
 
@@ -90,13 +96,8 @@ def undivided_(b: Bucket, free: Free) -> bool:
 def _free_(b: Bucket, free: Free) -> None:
     """`W <- (1 - lr wd) W - lr s_p s_f free(A)`."""
     sound = sound_gradients(b)
-    for index, weight in enumerate(b.weights()):
-        lr, decay = rates(b, index)
-        if free.rule == "none":
-            weight.mul_(decay)
-            continue
-        residual = Residual(b.matrix(index), sound[index], free.rule, b.hyper.maximize, b.dtype)
-        _walk_(weight, residual, decay, lr * b.hyper.scale * free.scale)
+    for index, target in enumerate(b.targets()):
+        move_back_(b, index, target, None, _of_gradient(b, index, sound[index], free))
 
 
 def descend_(b: Bucket, step: Tensor, low: Tensor, sound: Tensor, free: Free) -> None:
@@ -109,69 +110,61 @@ def descend_(b: Bucket, step: Tensor, low: Tensor, sound: Tensor, free: Free) ->
         sound: Which gradients are finite (k,).
         free: The free rule.
     """
-    if free.rule == "none":
-        project_back_(b, step)
-        return
-    for index, weight in enumerate(b.weights()):
-        residual = Residual(b.matrix(index), sound[index], free.rule, b.hyper.maximize, b.dtype)
-        if b.basis is INDEX:
-            _choose_(b, index, weight, residual, step[index], free)
-        else:
-            _add_(b, index, weight, residual, (step[index], low[index]), free)
-
-
-def _choose_(b: Bucket, index: int, weight: Tensor, residual: Residual, step: Tensor, free: Free) -> None:
-    """Entries of an index basis follow N, all others the free rule."""
-    lr, decay = rates(b, index)
-    rate, chosen = lr * b.hyper.scale, b.states[index]["basis"].long()
-    columns = weight.index_select(1, chosen).to(b.dtype).mul_(decay).sub_(step.mul_(rate))
-    _walk_(weight, residual, decay, rate * free.scale)
-    weight.index_copy_(1, chosen, columns.to(weight.dtype))
-
-
-def _add_(b: Bucket, index: int, weight: Tensor, residual: Residual, split: tuple[Tensor, Tensor], free: Free) -> None:
-    """`W <- decay W - lr s_p (N P^T + s_f F)` with a dense basis; `split` is N and R."""
-    step, low = split
-    lr, decay = rates(b, index)
-    held = b.states[index]
-    basis, left = b.basis.columns(held, b.view.b, b.gemm_dtype), held.get("basis_left")
     if free.rule == "sgd":
         step.sub_(low, alpha=free.scale)
-    else:
-        residual = replace(residual, factors=Factors.of(residual.matrix, _spread(left, low), basis))
-        if free.complement:
-            step.sub_(_inside(residual, basis, left, low.shape), alpha=free.scale)
-    _walk_(weight, residual, decay, lr * b.hyper.scale, (free.scale, _spread(left, step), basis))
+    for index, target in enumerate(b.targets()):
+        if free.rule == "signsgd" and b.basis is not INDEX:
+            residual: Scaled | Signed | None = _of_remainder(b, index, low[index], sound[index], free)
+        else:
+            residual = _of_gradient(b, index, sound[index], free)
+        if isinstance(residual, Signed) and free.complement and b.basis is not INDEX:
+            step[index].sub_(_inside(b, index, residual))
+        move_back_(b, index, target, step[index], residual)
 
 
-def _inside(residual: Residual, basis: Tensor, left: Tensor | None, shape: torch.Size) -> Tensor:
+def _of_gradient(b: Bucket, index: int, sound: Tensor, free: Free) -> Scaled | Signed | None:
+    """The free rule on A: entries of an index basis and what the other rules fold into N are none of its business."""
+    if free.rule == "none":
+        return None
+    if free.rule == "sgd":
+        return scaled_rows(b, index, (sound.to(b.dtype) * free.scale)[None])
+    return Signed(b.natural(index), sound, -free.scale if b.hyper.maximize else free.scale)
+
+
+def _of_remainder(b: Bucket, index: int, low: Tensor, sound: Tensor, free: Free) -> Signed:
+    """`s_f sign(A - R P^T)`; a sign of rounding errors would count as much as any other, and is left out."""
+    held, matrix = b.states[index], b.matrix(index)
+    basis = b.basis.columns(held, b.view.b, b.gemm_dtype)
+    if "basis_left" in held:
+        low = held["basis_left"].to(low.dtype) @ low  # (a, r)
+    low = -low if b.hyper.maximize else low
+    roundings = sum(n * torch.finfo(dtype).eps for n, dtype in zip(NOISE, (basis.dtype, low.dtype), strict=True))
+    floor = torch.linalg.vector_norm(matrix, dim=1, dtype=low.dtype) * (roundings / matrix.shape[1] ** 0.5)  # (a,)
+    plain = _of_gradient(b, index, sound, free)
+    assert isinstance(plain, Signed)
+    if b.view.transposed:
+        return plain._replace(left=basis, right=low, floor=floor[None, :])
+    return plain._replace(left=low, right=basis, floor=floor[:, None])
+
+
+def _inside(b: Bucket, index: int, residual: Signed) -> Tensor:
     """`F P` (a, r), for a full projection `Q^T F P` (r, r): what the free rule puts into the subspace."""
-    inside = torch.zeros(shape, dtype=residual.dtype, device=basis.device)
-    for rows, cols in tiles(residual.matrix):
-        part = product(residual.tile(rows, cols), basis[cols], basis.dtype)
+    held, gemm = b.states[index], b.gemm_dtype
+    basis, left = b.basis.columns(held, b.view.b, gemm), held.get("basis_left")
+    inside = torch.zeros(b.view.low_shape, dtype=b.dtype, device=basis.device)
+    for rows, cols in tiles(residual.grad):
+        free = remainder(piece(residual, rows, cols), b.dtype, gemm)
+        assert isinstance(free, Tensor)
+        if b.view.transposed:
+            rows, cols, free = cols, rows, free.T
+        part = product(free, basis[cols], gemm)
         if left is None:
             inside[rows] += part
         else:
-            inside += product(left[rows].T, part, basis.dtype)
+            inside += product(left[rows].T, part, gemm)
     return inside
 
 
-def _walk_(
-    weight: Tensor,
-    residual: Residual,
-    decay: float | Tensor,
-    rate: float | Tensor,
-    within: tuple[float, Tensor, Tensor] | None = None,
-) -> None:
-    """`W <- decay W - rate F`, or with (s_f, N, P) `W <- decay W - rate (N P^T + s_f F)`, each tile rounded once."""
-    for rows, cols in tiles(weight):
-        update = residual.tile(rows, cols)
-        if within is not None:
-            scale, step, basis = within
-            update.mul_(scale).add_(product(step[rows], basis[cols].T, basis.dtype))
-        move_(weight[rows, cols], update.mul_(rate), decay)
-
-
-def _spread(left: Tensor | None, low: Tensor) -> Tensor:
-    """`Q R` (a, r) for a full projection, else R."""
-    return low if left is None else left.to(low.dtype) @ low
+def product(one: Tensor, other: Tensor, gemm: torch.dtype) -> Tensor:
+    """A product in the dtype `gemm`, in the dtype of the first factor."""
+    return (one.to(gemm) @ other.to(gemm)).to(one.dtype)

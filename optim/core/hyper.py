@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.blockwise import FORMATS
 from .basis import Basis
 from .cross_head import Heads, Segments, frozen
 from .projector import PROJECTORS, Projector
@@ -84,6 +85,11 @@ class Hyper:
     def official(self) -> bool:
         """Follow the authors' code where it differs from the paper."""
         return self.compat == "official"
+
+    @property
+    def raw_eps(self) -> bool:
+        """Add eps before bias correction, as the authors' AdamW does; their 8-bit one adds it after."""
+        return self.official and self.state_dtype not in FORMATS
 
     @property
     def chooses(self) -> Projector:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import state
+from ...kernels.rounding import join
+from . import state, target
 from .bucket import Bucket, Plan
 from .checkpoint import STRUCTURAL, load_keeping, restore
 from .cross_head import check_rows
@@ -114,12 +115,15 @@ class Lifecycle(Optimizer):
                 f"{type(self).__name__} does not support complex parameters, got {param.dtype}: optimize "
                 "torch.view_as_real(parameter) instead"
             )
+        target.check(param, group)
         if group.get("num_heads") is not None:
             self._view(param, group)
 
     def _planned(self) -> list[Plan]:
         """The buckets of all groups, rebuilt when parameters are other objects or a group changes its structure."""
-        key = tuple((*map(id, group["params"]), *self._structure(group)) for group in self.param_groups)
+        key = tuple(
+            (*map(id, group["params"]), group["rounding"], *self._structure(group)) for group in self.param_groups
+        )
         if key != self._plans_key:
             self._plans = make_plans(self.param_groups, self._view)
             state.reconcile(self.state, self._described())
@@ -133,11 +137,7 @@ class Lifecycle(Optimizer):
 
     def _described(self) -> dict[Tensor, dict[str, Spec]]:
         """Describe the state of every parameter."""
-        return {
-            param: self._specs(param, plan.view, self.param_groups[plan.group])
-            for plan in self._plans
-            for param in plan.params
-        }
+        return {param: self._state_of(param, plan.view, plan.group) for plan in self._plans for param in plan.params}
 
     def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
         """Orient an eligible parameter of a group; None leaves it plain.
@@ -158,6 +158,17 @@ class Lifecycle(Optimizer):
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         """Describe the state of a parameter of a group."""
         return state.specs(param, view, Hyper.of(group))
+
+    def _state_of(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
+        """The same with the correction of a weight that is written with one."""
+        options = self.param_groups[group]
+        return self._specs(param, view, options) | target.specs(param, options["rounding"])
+
+    def full_precision(self, param: Tensor) -> Tensor:
+        """The value of a parameter in fp32, with its correction where `rounding="compensated"` keeps one."""
+        held = self.state.get(param, {})
+        correction = held.get(target.CORRECTION)
+        return param.detach().float() if correction is None else join(param.detach(), correction)
 
     def update(self, b: Bucket) -> None:
         """Step a bucket of projected matrices: the algorithm of the named optimizer."""
@@ -219,7 +230,7 @@ class Lifecycle(Optimizer):
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             held = self.state[param]
             if not held:
-                held.update(state.zeros(self._specs(param, plan.view, self.param_groups[plan.group])))
+                held.update(state.zeros(self._state_of(param, plan.view, plan.group)))
                 if self._inert(hyper, grad):
                     continue
             bucket.params.append(param)
@@ -269,7 +280,7 @@ class Lifecycle(Optimizer):
 
         The bytes are computed from metadata and equal what the first step allocates; print the result for a table.
         """
-        return summarise(self._planned(), lambda p, v, g: self._specs(p, v, self.param_groups[g]))
+        return summarise(self._planned(), self._state_of)
 
     def skipped_refreshes(self) -> int:
         """Count the refreshes skipped so far because a gradient was zero or not finite, over all matrices."""

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from . import state
+from ...kernels import pick, random
+from ...kernels.reference import NO_CORRECTION
+from ...kernels.rounding import Target
+from ...kernels.tiles import tiles
+from . import codec, state
 from .apply import count_step, move_, rates, run_rule
 from .basis import State
 from .bucket import Bucket
-from .rules import Work, single_eps
-from .tiles import CHUNK
+from .rules import Work, blockwise, single_eps
+from .target import writing
 
 
 def plain_(b: Bucket) -> None:
@@ -55,22 +59,41 @@ def _delegate(b: Bucket, indices: list[int], *, fused: bool) -> None:
 def _by_rule(b: Bucket) -> None:
     """Run the rule on one parameter: `W <- (1 - lr wd) W - lr N`, rounded once."""
     (t,) = count_step(b)
-    lr, decay = rates(b, 0)
-    for piece, (param, grad, held) in enumerate(_pieces(b)):
-        work = grad.to(b.dtype)
-        step = torch.empty_like(work)
-        signed = -work if b.hyper.maximize else work
-        run_rule(b, Work([signed], [held], [t], [param], [step]), [(b.positions[0], t, piece)])
-        move_(param, step.mul_(lr), decay)
-
-
-def _pieces(b: Bucket) -> Iterator[tuple[Tensor, Tensor, State]]:
-    """Cut a parameter, its gradient and its moments into views of `CHUNK` elements where the rule allows it."""
-    param, grad, held = b.params[0], b.grads[0], b.states[0]
-    if not (b.rule.elementwise and param.is_contiguous()):
-        yield param, grad, held
+    if _coded_adamw_(b, t):
         return
-    names = list(b.rule.buffers(tuple(param.shape), b.hyper))
-    flat = [param.view(-1), grad.reshape(-1), *(held[name].view(-1) for name in names)]
-    for parts in zip(*(torch.split(tensor, CHUNK) for tensor in flat), strict=True):
-        yield parts[0], parts[1], dict(zip(names, parts[2:], strict=True))
+    param, position = b.params[0], b.positions[0]
+    lr, decay = rates(b, 0)
+    for target in writing(param, b.states[0], b.hyper, position):
+        for piece, (part, grad, held) in enumerate(_pieces(b, target)):
+            work = grad.to(b.dtype)
+            step = torch.empty_like(work)
+            signed = -work if b.hyper.maximize else work
+            weight = part.weight if b.rule.elementwise else param
+            run_rule(b, Work([signed], [held], [t], [weight], [step]), [(position, t, piece)])
+            move_(part, codec.matrix(step).mul_(lr), decay)
+
+
+def _coded_adamw_(b: Bucket, t: int) -> bool:
+    """AdamW on moments in 8 bits: one pass over weight, gradient and codes; tell whether that is the case."""
+    held, hyper, position = b.states[0], b.hyper, b.positions[0]
+    first, second = codec.coded(held, "exp_avg"), codec.coded(held, "exp_avg_sq")
+    if hyper.rule != "adamw" or hyper.maximize or first is None or second is None:
+        return False
+    count = t if hyper.correct_bias else NO_CORRECTION
+    how = blockwise(hyper, [random.mix(hyper.seed, position, t)])
+    for target in writing(b.params[0], held, hyper, position):
+        adamw_ = pick(f"adamw_{how.form.name}", target.weight, hyper.backend)
+        adamw_(target, codec.matrix(b.grads[0]), (first, second), count, *rates(b, 0), how)
+    return True
+
+
+def _pieces(b: Bucket, target: Target) -> Iterator[tuple[Target, Tensor, State]]:
+    """Cut a weight, its gradient and its moments into views of bounded size where the rule allows it."""
+    grad, held = b.grads[0], b.states[0]
+    if not b.rule.elementwise:
+        yield target, grad, held
+        return
+    grad = codec.matrix(grad)
+    for rows, cols in tiles(grad):
+        names = b.rule.buffers(tuple(grad.shape), b.hyper)
+        yield target.part(rows, cols), grad[rows, cols], codec.part(held, names, b.hyper.state_dtype, rows, cols)

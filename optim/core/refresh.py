@@ -105,7 +105,7 @@ def _adopt(b: Bucket, index: int, new: Bases) -> None:
     interval: float = hyper.update_proj_gap
     if held["refreshes"] > 0:
         change = b.basis.change(held, new)
-        carry_moments(b, held, change)
+        carry_moments(b, index, change)
         if hyper.lazy is not None and change.overlap() >= hyper.lazy:
             interval = min(2 * max(float(held[INTERVAL]), interval), LAZIEST * interval)
     elif hyper.stagger:

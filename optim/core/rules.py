@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import pick, reference
-from . import factored
+from ...kernels.blockwise import FORMATS, Blocks
+from . import codec, factored
 
 if TYPE_CHECKING:
     from .hyper import Hyper
@@ -64,6 +65,16 @@ class Rule(ABC):
     def direction(self, work: Work, hyper: Hyper) -> None:
         """Update the states and write the directions."""
 
+    def coded_direction(self, work: Work, hyper: Hyper, seeds: Sequence[int]) -> bool:
+        """As `direction` in one pass over states as they are stored; False where the rule or the states have none.
+
+        Args:
+            work: The work, whose states may be coded in 8 bits.
+            hyper: Hyper-parameters.
+            seeds: Seed of the rounding of each tensor.
+        """
+        return False
+
 
 class AdamW(Rule):
     """Adam's direction, `N = Mhat / (sqrt(Vhat) + eps)`."""
@@ -86,7 +97,18 @@ class AdamW(Rule):
         counts = list(work.counts) if hyper.correct_bias else [reference.NO_CORRECTION] * len(work.counts)
         adam = pick("adam", work.grads[0], hyper.backend)
         eps = single_eps(hyper.eps)
-        adam(list(work.grads), moments, counts, list(work.out), hyper.betas, eps, raw_eps=hyper.official)
+        adam(list(work.grads), moments, counts, list(work.out), hyper.betas, eps, raw_eps=hyper.raw_eps)
+
+    def coded_direction(self, work: Work, hyper: Hyper, seeds: Sequence[int]) -> bool:
+        """Decode, step and encode tensor by tensor."""
+        first = _coded(work, "exp_avg")
+        second = _coded(work, "exp_avg_sq")
+        if not (first and second) or work.ages is not None:
+            return False
+        counts = list(work.counts) if hyper.correct_bias else [reference.NO_CORRECTION] * len(work.counts)
+        adam = pick(f"adam_{FORMATS[hyper.state_dtype].name}", codec.matrix(work.grads[0]), hyper.backend)
+        adam(_matrices(work.grads), (first, second), counts, _matrices(work.out), blockwise(hyper, seeds))
+        return True
 
 
 class Lion(Rule):
@@ -100,6 +122,14 @@ class Lion(Rule):
         """Tensor by tensor."""
         for grad, state, out in zip(work.grads, work.states, work.out, strict=True):
             reference.lion(grad, state["exp_avg"], out, hyper.betas)
+
+    def coded_direction(self, work: Work, hyper: Hyper, seeds: Sequence[int]) -> bool:
+        """Decode, step and encode tensor by tensor."""
+        moments = _coded(work, "exp_avg")
+        if moments:
+            lion = pick(f"lion_{FORMATS[hyper.state_dtype].name}", codec.matrix(work.grads[0]), hyper.backend)
+            lion(_matrices(work.grads), moments, _matrices(work.out), blockwise(hyper, seeds))
+        return bool(moments)
 
 
 class SGD(Rule):
@@ -165,6 +195,22 @@ def learning_rate(hyper: Hyper, t: int, weight: Tensor, dtype: torch.dtype) -> f
     if hyper.scale_parameter:
         lr = lr * factored.parameter_scale(weight, _pair(hyper.eps)[1], dtype)
     return lr
+
+
+def blockwise(hyper: Hyper, seeds: Sequence[int]) -> reference.Blockwise:
+    """The numbers of a rule whose moments are coded."""
+    form, eps = FORMATS[hyper.state_dtype], single_eps(hyper.eps)
+    return reference.Blockwise(form, seeds, hyper.betas, eps, raw_eps=hyper.raw_eps)
+
+
+def _coded(work: Work, name: str) -> list[Blocks]:
+    """The moments of all tensors as they are stored, or nothing where they are not coded."""
+    found = (codec.coded(state, name) for state in work.states)
+    return [blocks for blocks in found if blocks is not None]
+
+
+def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [codec.matrix(tensor) for tensor in tensors]
 
 
 def single_eps(eps: float | tuple[float, float]) -> float:

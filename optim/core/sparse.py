@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...kernels.reference import Move
+from ...kernels.rounding import Target
 from . import codec
 from .apply import rates, run_rule
 from .basis import DENSE, Dense, State, Step
@@ -78,9 +80,10 @@ class Support:
     def chosen(self, param: Tensor, hyper: Hyper) -> dict[str, Spec]:
         """Describe S and its moments: k indices of 4 bytes, two moments of k elements."""
         integer = torch.int32 if self.size < 1 << 31 else torch.int64
-        storage = codec.storage_dtype(param.dtype, hyper.state_dtype)
-        moments = {PREFIX + name: Spec((self.count,), storage, param.device) for name in MOMENTS}
-        return {INDEX: Spec((self.count,), integer, param.device), **moments}
+        described = {INDEX: Spec((self.count,), integer, param.device)}
+        for name in MOMENTS:
+            described |= codec.specs(PREFIX + name, (self.count,), param, hyper.state_dtype)
+        return described
 
 
 class Entries(NamedTuple):
@@ -109,18 +112,26 @@ def rebased(b: Bucket, support: Support) -> Iterator[None]:
             _shift_(b, index, -1.0)
         elif b.hyper.carry == "reset" and held["refreshes"] > before:
             for name in {AVERAGE, STEP, *(PREFIX + name for name in MOMENTS)} & held.keys():
-                held[name].zero_()
+                codec.zero_(held, name)
 
 
 def _shift_(b: Bucket, index: int, sign: float) -> None:
     """`dM <- dM + sign back(M)`."""
     held = b.states[index]
-    moment = codec.load(held["exp_avg"], b.dtype)
+    stored, name = b.hyper.state_dtype, PREFIX + "exp_avg"
+    moment = codec.load(held, "exp_avg", stored, b.dtype)
     if AVERAGE in held:
-        b.basis.project_back_(b.view.orient(held[AVERAGE]), moment, held, Step(1.0, sign, b.dtype))
+        _add_back_(b, index, moment, (1.0, sign))
     else:
-        shifted = codec.load(held[PREFIX + "exp_avg"], b.dtype).add(_at(b, held, moment), alpha=sign)
-        held[PREFIX + "exp_avg"].copy_(shifted)
+        shifted = codec.load(held, name, stored, b.dtype).add(_at(b, held, moment), alpha=sign)
+        codec.store(held, name, shifted, stored)
+
+
+def _add_back_(b: Bucket, index: int, low: Tensor, rates: tuple[float, float]) -> None:
+    """`dM <- decay dM + alpha back(R)`."""
+    held, (decay, alpha) = b.states[index], rates
+    step = Step(Move(decay, alpha, b.dtype), b.view.transposed, b.hyper.backend)
+    b.basis.project_back_(Target(held[AVERAGE]), low, held, step)
 
 
 def residual(b: Bucket, low: Tensor, support: Support) -> list[Entries]:
@@ -151,10 +162,11 @@ def residual(b: Bucket, low: Tensor, support: Support) -> list[Entries]:
 def write_(b: Bucket, entries: list[Entries], support: Support) -> None:
     """Write the entries at S into weights after their low-rank step."""
     for position, where, values in entries:
-        param, at = b.params[position], where.long()
-        if support.mode == "additive":
-            values = values + torch.take(param, at)
-        param.put_(at, values.to(param.dtype))
+        at = where.long()
+        for target in b.only(position).targets():
+            chosen = target.take(at)
+            chosen.write(values[None] if support.mode == "exact" else chosen.read().add_(values))
+            target.put_at(chosen, at)
 
 
 def _learn_(b: Bucket, index: int, low: Tensor, support: Support) -> None:
@@ -162,7 +174,7 @@ def _learn_(b: Bucket, index: int, low: Tensor, support: Support) -> None:
     held, beta1, matrix = b.states[index], b.hyper.betas[0], b.matrix(index)
     usable = b.usable[index] & torch.linalg.vector_norm(matrix, dtype=b.dtype).isfinite()
     dense = b.view.orient(held[AVERAGE])  # (a, b)
-    b.basis.project_back_(dense, _or_zero(low, usable), held, Step(beta1, beta1 - 1, b.dtype))
+    _add_back_(b, index, _or_zero(low, usable), (beta1, beta1 - 1))
     dense.add_(_or_zero(matrix, usable), alpha=beta1 - 1 if b.hyper.maximize else 1 - beta1)
     held[WARMUP] += 1
     if held[WARMUP] >= support.warmup:
@@ -177,7 +189,7 @@ def _directions(b: Bucket, low: Tensor, chosen: list[int], support: Support) -> 
     torch._foreach_add_([held[STEP] for held in states], 1)
     counts = [int(held[STEP]) for held in states]
     grads = [_seen(b, index, low[index], support) for index in chosen]
-    moments = [{name: held[PREFIX + name] for name in MOMENTS} for held in states]
+    moments = [_unprefixed(held) for held in states]
     out = [torch.empty_like(grad) for grad in grads]
     keys: list[tuple[int, ...]] = [(b.positions[index], t, 1) for index, t in zip(chosen, counts, strict=True)]
     run_rule(b, Work(grads, moments, counts, [b.params[index] for index in chosen], out), keys)
@@ -186,9 +198,16 @@ def _directions(b: Bucket, low: Tensor, chosen: list[int], support: Support) -> 
         lr, decay = rates(b, index)
         values = direction.mul_(-lr * b.hyper.scale)
         if support.mode == "exact":
-            values.add_(torch.take(b.params[index], held[INDEX].long()).to(b.dtype).mul_(decay))
+            for target in b.only(index).targets():
+                values.add_(target.take(held[INDEX].long()).read()[0].mul_(decay))
         entries.append(Entries(index, held[INDEX], values))
     return entries
+
+
+def _unprefixed(held: State) -> State:
+    """The moments at S under Adam's names, with their scales where they are coded."""
+    names = [name + suffix for name in MOMENTS for suffix in ("", codec.SCALE)]
+    return {name: held[PREFIX + name] for name in names if PREFIX + name in held}
 
 
 def _seen(b: Bucket, index: int, low: Tensor, support: Support) -> Tensor:

@@ -35,11 +35,10 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
     A projected matrix stores its basis as the projector keeps it and its moments in the state dtype: with AdamW inside
     and a dense basis `min*r + 2*max*r` elements, and four counters.
     """
-    storage = codec.storage_dtype(param.dtype, hyper.state_dtype)
     shape = tuple(param.shape) if view is None else view.low_shape
-    moments = {
-        name: Spec(size, storage, param.device) for name, size in RULES[hyper.rule].buffers(shape, hyper).items()
-    }
+    moments: dict[str, Spec] = {}
+    for name, size in RULES[hyper.rule].buffers(shape, hyper).items():
+        moments |= codec.specs(name, size, param, hyper.state_dtype)
     if view is None:
         on_device = runs_fused(param, hyper) and param.device.type == "cuda"
         return {"step": counter(param.device if on_device else "cpu"), **moments}
@@ -54,6 +53,7 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
 def delegates(param: Tensor, hyper: Hyper) -> bool:
     """Tell whether a plain parameter is stepped by torch's own AdamW, bit for bit."""
     same_storage = codec.storage_dtype(param.dtype, hyper.state_dtype) == param.dtype
+    same_storage = same_storage and codec.form_of("exp_avg", param.shape, hyper.state_dtype) is None
     full_precision = param.dtype == codec.work_dtype(param.dtype)
     return hyper.rule == "adamw" and not hyper.official and same_storage and full_precision
 

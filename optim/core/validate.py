@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...kernels import BACKENDS
+from ...kernels.rounding import ROUNDINGS
 from .adaptive import AUTO
 from .basis import DENSE
 from .codec import STATE_DTYPES
@@ -24,7 +25,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rule": tuple(RULES),
     "state_dtype": (None, *STATE_DTYPES),
     "gemm_dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
-    "rounding": ("nearest",),
+    "rounding": ROUNDINGS,
     "backend": BACKENDS,
     "compat": (None, "official"),
     "proj_rule": tuple(BASIS_RULES),

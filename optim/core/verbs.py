@@ -16,13 +16,14 @@ import math
 import torch
 from torch import Tensor
 
+from ...kernels.reference import Move, Scaled, Signed
+from ...kernels.rounding import Target
 from .apply import count_step, rates, run_rule
 from .basis import Step
 from .bucket import Bucket
 from .refresh import follow, refresh
 from .rules import Work
 from .state import AGE
-from .tiles import tiles
 
 __all__ = ["follow", "inner", "project", "project_back_", "refresh"]
 
@@ -79,28 +80,24 @@ def project_back_(b: Bucket, step: Tensor | None, rows: Tensor | None = None) ->
         step: N (k, a, r); None leaves the first term out.
         rows: s, factors of the rows of the gradient, (k, a) or (k, 1); None leaves the last term out.
     """
-    for index, (weight, held) in enumerate(zip(b.weights(), b.states, strict=True)):
-        lr, decay = rates(b, index)
-        if step is None:
-            weight.mul_(decay)
-        else:
-            direction, rate = (step[index] * lr, 1.0) if isinstance(lr, Tensor) else (step[index], lr)
-            b.basis.project_back_(weight, direction, held, Step(decay, -rate * b.hyper.scale, b.gemm_dtype))
-        if rows is not None:
-            _add_rows_(b, index, weight, rows[index] * lr)
+    for index, target in enumerate(b.targets()):
+        residual = None if rows is None else scaled_rows(b, index, rows[index])
+        move_back_(b, index, target, None if step is None else step[index], residual)
 
 
-def _add_rows_(b: Bucket, index: int, oriented: Tensor, rows: Tensor) -> None:
-    """`W <- W - scale s o A`, A of either sign; rows of zeros leave W alone even where A is not finite."""
-    matrix, on_cpu = b.matrix(index), oriented.device.type == "cpu"
-    if on_cpu and not rows.any():
-        return
-    scale = -b.hyper.scale if b.hyper.maximize else b.hyper.scale
-    if on_cpu and oriented.dtype == rows.dtype:
-        oriented.addcmul_(rows[:, None], matrix, value=-scale)
-        return
-    for row, col in tiles(oriented):
-        factor, tile = rows[row, None], oriented[row, col]
-        piece = matrix[row, col].to(rows.dtype)
-        piece = piece if on_cpu else torch.where(factor == 0, 0.0, piece)  # asking would synchronise
-        tile.copy_(tile.to(rows.dtype).addcmul_(factor, piece, value=-scale))
+def scaled_rows(b: Bucket, index: int, rows: Tensor) -> Scaled:
+    """`s o A` for factors s (a,) or (1,), in the order of the weight's memory."""
+    signed = -rows if b.hyper.maximize else rows
+    return Scaled(b.natural(index), signed[None, :] if b.view.transposed else signed[:, None])
+
+
+def move_back_(
+    b: Bucket, index: int, target: Target, step: Tensor | None, residual: Scaled | Signed | None = None
+) -> None:
+    """`W <- (1 - lr wd) W - lr scale (N P^T + residual)` for one weight."""
+    lr, decay = rates(b, index)
+    move = Step(Move(decay, -lr * b.hyper.scale, b.gemm_dtype, residual), b.view.transposed, b.hyper.backend)
+    if step is None:
+        move.rest(target)
+    else:
+        b.basis.project_back_(target, step, b.states[index], move)

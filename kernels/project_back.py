@@ -1,0 +1,100 @@
+"""Moving weights on any device with torch's operations: products in place, or tile by tile and rounded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .reference import Move, Scaled, Signed, residual
+from .rounding import Target
+from .tiles import tiles
+
+
+def project_back_(target: Target, left: Tensor | None, right: Tensor | None, move: Move) -> None:
+    """Compute `lowmem.kernels.reference.project_back_` without a temporary of the weight's size."""
+    products = [] if left is None or right is None else [left, right]
+    left, right = (factor.to(move.gemm) for factor in products) if products else (None, None)
+    if isinstance(move.residual, Scaled) and _silent(move.residual):
+        move = move._replace(residual=None)
+    same = left is None or left.dtype == target.weight.dtype
+    once = target.exact or (target.mode == "nearest" and left is not None and move.residual is None)
+    if same and once and not isinstance(move.residual, Signed):
+        _in_place_(target.weight, left, right, move)
+        return
+    if isinstance(move.residual, Signed):
+        move = move._replace(residual=_narrow(move.residual, move.gemm))
+    for rows, cols in tiles(target.weight):
+        part = target.part(rows, cols)
+        value = part.weight if part.exact else part.read()
+        if isinstance(move.decay, Tensor) or move.decay != 1.0:
+            value.mul_(move.decay)
+        step = None if left is None or right is None else (left[rows] @ right[cols].T).to(part.work)
+        rest = residual(piece(move.residual, rows, cols), part.work, move.gemm)
+        if isinstance(rest, Tensor):
+            step = rest if step is None else step.add_(rest)
+        if step is not None:
+            value.add_(step.mul_(move.alpha))
+        if not part.exact:
+            part.write(value)
+
+
+def _in_place_(weight: Tensor, left: Tensor | None, right: Tensor | None, move: Move) -> None:
+    """`W <- decay W + alpha (L R^T + s o G)` for W (m, n) of either memory order."""
+    decay, alpha = move.decay, move.alpha
+    if isinstance(decay, Tensor) or left is None or right is None:
+        if isinstance(decay, Tensor) or decay != 1.0:
+            weight.mul_(decay)
+        decay = 1.0
+    if left is not None and right is not None:
+        if isinstance(alpha, Tensor):
+            left, factor = left * alpha, 1.0
+        else:
+            factor = alpha
+        if weight.stride(-1) == 1:
+            weight.addmm_(left, right.T, beta=decay, alpha=factor)
+        else:
+            weight.T.addmm_(right, left.T, beta=decay, alpha=factor)
+    rest = move.residual
+    if isinstance(rest, Scaled):
+        _add_scaled_(weight, rest, alpha)
+
+
+def _add_scaled_(weight: Tensor, rest: Scaled, alpha: float | Tensor) -> None:
+    """`W <- W + alpha s o G`, without a temporary on a CPU."""
+    if weight.device.type == "cpu" and rest.grad.dtype == weight.dtype:
+        factors = rest.factors * alpha if isinstance(alpha, Tensor) else rest.factors
+        weight.addcmul_(factors, rest.grad, value=1.0 if isinstance(alpha, Tensor) else alpha)
+        return
+    for rows, cols in tiles(weight):
+        scaled = residual(piece(rest, rows, cols), weight.dtype, weight.dtype)
+        weight[rows, cols].add_(scaled * alpha)
+
+
+def _silent(rest: Scaled) -> bool:
+    """Whether all factors are zero, which on a CPU can be asked."""
+    return rest.factors.device.type == "cpu" and not rest.factors.any()
+
+
+def _narrow(rest: Signed, gemm: torch.dtype) -> Signed:
+    if rest.left is None or rest.right is None:
+        return rest
+    return rest._replace(left=rest.left.to(gemm), right=rest.right.to(gemm))
+
+
+def piece(rest: Scaled | Signed | None, rows: slice, cols: slice) -> Scaled | Signed | None:
+    """The residual of some rows and columns."""
+    if rest is None:
+        return None
+    grad = rest.grad[rows, cols]
+    if isinstance(rest, Scaled):
+        return Scaled(grad, _broadcast(rest.factors, rows, cols))
+    if rest.left is None or rest.right is None or rest.floor is None:
+        return rest._replace(grad=grad)
+    return rest._replace(
+        grad=grad, left=rest.left[rows], right=rest.right[cols], floor=_broadcast(rest.floor, rows, cols)
+    )
+
+
+def _broadcast(factors: Tensor, rows: slice, cols: slice) -> Tensor:
+    """Some of (m, 1), (1, n) or (1, 1) factors."""
+    return factors[rows if factors.shape[0] > 1 else slice(None), cols if factors.shape[1] > 1 else slice(None)]

@@ -1,0 +1,67 @@
+"""Weights as they are written to: as matrices in the order of their memory, with their mode of rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...kernels import random
+from ...kernels.rounding import CORRECTIONS, Target
+from .codec import State, matrix_shape
+from .spec import Spec
+
+CORRECTION = "correction"
+"""State of a compensated bf16 weight: what it lacks of a value of 24 or 32 bits."""
+
+
+class Rounds(Protocol):
+    """Options that say how weights are rounded."""
+
+    @property
+    def rounding(self) -> str:
+        """One of `ROUNDINGS`."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of stochastic rounding."""
+
+
+def specs(param: Tensor, rounding: str) -> dict[str, Spec]:
+    """Describe the correction of a weight: one or two bytes an element of bf16, nothing for wider ones."""
+    if rounding not in CORRECTIONS or param.dtype != torch.bfloat16:
+        return {}
+    return {CORRECTION: Spec(tuple(param.shape), CORRECTIONS[rounding], param.device)}
+
+
+def check(param: Tensor, group: dict[str, Any]) -> None:
+    """Refuse a mode of rounding that the dtype of a parameter does not have.
+
+    Raises:
+        TypeError: Any mode but "nearest" is asked of fp16, which is not the upper half of fp32 as bf16 is.
+    """
+    if param.dtype == torch.float16 and group["rounding"] != "nearest":
+        raise TypeError(
+            f"rounding={group['rounding']!r} is for bf16 weights, got {param.dtype}: convert them, "
+            "model.to(torch.bfloat16), or pass rounding='nearest'"
+        )
+
+
+def writing(
+    param: Tensor, held: State, how: Rounds, position: int, shape: tuple[int, int] | None = None
+) -> Iterator[Target]:
+    """Yield a parameter to write to, as a matrix of a given shape or of (first dimension, rest).
+
+    One that cannot be viewed as a matrix, channels-last say, is copied back. Random bits are a function of the seed,
+    the position of the parameter and its step.
+    """
+    shape = shape or matrix_shape(param.shape)
+    weight = param.detach().reshape(shape)
+    correction = held[CORRECTION].view(shape) if CORRECTION in held else None
+    mode = how.rounding if correction is not None or how.rounding not in CORRECTIONS else "nearest"
+    seed = 0 if mode == "nearest" else random.mix(how.seed, position, int(held["step"]), 1)
+    yield Target(weight, mode, correction, seed)
+    if weight.data_ptr() != param.data_ptr():
+        param.copy_(weight.view_as(param))
