@@ -30,6 +30,9 @@ from .tiles import tiles
 OLDEST = (0, 44)
 """The release in which blocks became 256 entries; they were 2048."""
 
+TILE = 1 << 20
+"""Elements of a tile on a CPU: threads meet after every call, which on busy cores takes longer than to compute."""
+
 _INSTALL = "pip install 'bitsandbytes>=0.44'"
 _DEVICES = frozenset({"cpu", "cuda"})
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -61,8 +64,8 @@ def dequantise(blocks: Blocks, form: Format, *, signed: bool) -> Tensor:
     """
     _check(form, blocks.codes)
     out = torch.empty(blocks.codes.shape, device=blocks.codes.device)
-    for rows, cols in tiles(out) if out.numel() else ():
-        out[rows, cols] = _decode(_cut(blocks, rows, cols), signed)
+    for rows, cols in tiles(out, TILE):
+        out[rows, cols] = _decode(blocks.part(rows, cols, form), signed)
     return out
 
 
@@ -80,9 +83,9 @@ def quantise_(blocks: Blocks, values: Tensor, form: Format, *, signed: bool, **_
         ImportError: bitsandbytes is missing or too old.
     """
     _check(form, values)
-    for rows, cols in tiles(values) if values.numel() else ():
+    for rows, cols in tiles(values, TILE):
         part = values[rows, cols]
-        _code(_cut(blocks, rows, cols), torch.where(part.isfinite(), part, 0.0), signed)
+        _code(blocks.part(rows, cols, form), torch.where(part.isfinite(), part, 0.0), signed)
 
 
 def adam_blockwise(
@@ -108,10 +111,10 @@ def adam_blockwise(
     for grad in grads:
         _check(how.form, grad)
     for grad, first, second, t, direction in zip(grads, *moments, counts, out, strict=True):
-        for rows, cols in tiles(grad) if grad.numel() else ():
+        for rows, cols in tiles(grad, TILE):
             part, target = grad[rows, cols].float(), direction[rows, cols]
             seen = torch.where(part.square().isfinite(), part, 0.0).contiguous()
-            state = _cut(first, rows, cols), _cut(second, rows, cols)
+            state = first.part(rows, cols, how.form), second.part(rows, cols, how.form)
             inplace = all(tensor.is_contiguous() for tensor in (target, *state[0], *state[1]))
             if seen.is_cuda and inplace and target.dtype == torch.float32 and has_fused_adam():
                 fused_adam(seen, state, t, target, how)
@@ -123,7 +126,7 @@ def fused_adam(grad: Tensor, moments: tuple[Blocks, Blocks], t: int, out: Tensor
     """Adam by bitsandbytes' kernel; a zero parameter, lr = -1 and no decay leave the direction N itself.
 
     Args:
-        grad: R, finite fp32 (rows, cols); contiguous like every tensor here.
+        grad: R, finite fp32 (rows, cols) whose blocks coincide; contiguous like every tensor here.
         moments: First and second moments, codes (rows, cols) and scales (rows, ceil(cols / 256)); updated.
         t: Step count.
         out: N, fp32 (rows, cols); written.
@@ -199,12 +202,6 @@ def _code(blocks: Blocks, values: Tensor, signed: bool) -> None:
     codes, state = _functional().quantize_blockwise(A=values.contiguous(), code=table, blocksize=DYNAMIC.block)
     blocks.codes.copy_(codes.view(values.shape))
     blocks.scale.copy_(state.absmax.view(blocks.scale.shape))
-
-
-def _cut(blocks: Blocks, rows: slice, cols: slice) -> Blocks:
-    """A tile of coded rows, or a piece of one row that begins with a block."""
-    scales = slice(cols.start // DYNAMIC.block, DYNAMIC.scales(cols.stop))
-    return Blocks(blocks.codes[rows, cols], blocks.scale[rows, scales])
 
 
 def _check(form: Format, matrix: Tensor) -> None:
