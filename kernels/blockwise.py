@@ -64,7 +64,7 @@ class Blocks(NamedTuple):
 def dequantise(blocks: Blocks, form: Format, *, signed: bool) -> Tensor:
     """Decode a matrix into fp32 (rows, cols)."""
     parts = [
-        _decode(codes, form, signed).mul_(scale).flatten(1)
+        decode(codes, form, signed=signed).mul_(scale).flatten(1)
         for codes, scale in _blocked(form, blocks.codes, blocks.scale)
     ]
     if len(parts) == 1:
@@ -72,14 +72,14 @@ def dequantise(blocks: Blocks, form: Format, *, signed: bool) -> Tensor:
     return torch.cat(parts, dim=1) if parts else torch.empty(blocks.codes.shape, device=blocks.codes.device)
 
 
-def _decode(codes: Tensor, form: Format, signed: bool) -> Tensor:
+def decode(codes: Tensor, form: Format, *, signed: bool) -> Tensor:
     """Values by unit of their scale."""
     if form.name == "dynamic":
         return dynamic_map(signed, str(codes.device))[codes.int()]
     if signed:
         unit = codes * (1 / 127)
         return unit.abs().mul_(unit)
-    return (codes * (1 / 255)).square_().square_()
+    return _fourth_power(codes * (1 / 255))
 
 
 def quantise_(
@@ -88,7 +88,7 @@ def quantise_(
     form: Format,
     *,
     signed: bool,
-    seed: int | Tensor = 0,
+    seed: int = 0,
     first: tuple[int, int] = (0, 0),
 ) -> None:
     """Code a matrix.
@@ -108,25 +108,34 @@ def quantise_(
     noise = random.noise(seed, rows, cols, values.device) if rounds else values
     for codes, scale, part, dither in _blocked(form, blocks.codes, blocks.scale, values, noise):
         scale.copy_(part.abs().amax(-1, keepdim=True) if signed else part.amax(-1, keepdim=True))
-        if not torch.compiler.is_compiling() and not scale.isfinite().all():
+        if not scale.isfinite().all():
             part = part.where(part.isfinite(), 0.0)
             scale.copy_(part.abs().amax(-1, keepdim=True))
         unit = part / scale.clamp(min=torch.finfo(torch.float32).tiny)
-        if form.name == "dynamic":
-            codes.copy_(torch.bucketize(unit, _midpoints(signed, str(unit.device))))
-        elif signed:
-            codes.copy_(unit.abs().sqrt_().copysign_(unit).mul_(127).round_())
-        else:
-            codes.copy_(_round_fourth_root(unit, dither))
+        codes.copy_(encode(unit, form, signed=signed, noise=dither))
+
+
+def encode(unit: Tensor, form: Format, *, signed: bool, noise: Tensor) -> Tensor:
+    """Codes of values by unit of their scale; `noise` (int16 or int32, 16 bits) rounds companded second moments."""
+    if form.name == "dynamic":
+        return torch.bucketize(unit, _midpoints(signed, str(unit.device)))
+    if signed:
+        return unit.abs().sqrt_().copysign_(unit).mul_(127).round_()
+    return _round_fourth_root(unit, noise)
 
 
 def _round_fourth_root(unit: Tensor, noise: Tensor) -> Tensor:
     """Round `255 u^(1/4)` up or down at random so that the fourth power keeps its mean; up from 0."""
     low = unit.sqrt().sqrt_().mul_(255.0).floor_()  # c
-    lower, upper = low.square().square_(), (low + 1).square_().square_()
-    share = unit.mul(255.0**4).sub_(lower).div_(upper.sub_(lower))  # of the way from c to c + 1
-    low += share.mul_(1 << 16).sub_((1 << 15) + 0.5) > noise
-    return low.clamp_(max=255.0).maximum(unit > 0)
+    gap = torch.addcmul(low, low, low).mul_(2.0).add_(1.0).mul_(low.mul(2.0).add_(1.0))  # (c + 1)^4 - c^4
+    share = unit.mul(255.0**4).sub_(_fourth_power(low.clone())).div_(gap)  # of the way from c to c + 1
+    low.add_(share).add_(noise.float(), alpha=2.0**-16).add_(0.5).floor_()
+    return low.clamp_(1.0, 255.0).mul_(unit.sign())
+
+
+def _fourth_power(x: Tensor) -> Tensor:
+    """`x^4` in place; torch's square is a power, several times slower than a product."""
+    return x.mul_(x).mul_(x)
 
 
 def _blocked(form: Format, codes: Tensor, scale: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:

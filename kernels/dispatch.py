@@ -63,7 +63,7 @@ def _torch(run: Callable[..., Any]) -> tuple[Implementation, ...]:
 
 
 def _coded(torch_form: Callable[..., Any], name: str) -> tuple[Implementation, ...]:
-    """Implementations of a rule on coded moments."""
+    """Implementations of a rule on companded moments."""
     return (
         Implementation("torch", _anywhere, torch_form),
         Implementation("compile", _on_cpu, _later("compiled", name)),
@@ -78,9 +78,9 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("compile", _anywhere, reference.adam),
     ),
     "adam_companded": _coded(moments.adam_blockwise, "adam_blockwise"),
-    "adam_dynamic": _coded(moments.adam_blockwise, "adam_blockwise"),
+    "adam_dynamic": _torch(moments.adam_blockwise),
     "adamw_companded": _coded(moments.adamw_blockwise_, "adamw_blockwise_"),
-    "adamw_dynamic": _coded(moments.adamw_blockwise_, "adamw_blockwise_"),
+    "adamw_dynamic": _torch(moments.adamw_blockwise_),
     "lion_companded": _torch(moments.lion_blockwise),
     "lion_dynamic": _torch(moments.lion_blockwise),
     "project_back": _torch(project_back.project_back_),

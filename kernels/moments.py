@@ -13,9 +13,6 @@ from .reference import Blockwise
 from .rounding import Target
 from .tiles import tiles
 
-TILE = 1 << 16
-"""Elements of a tile of coded moments on a CPU, whose dozen working copies stay in the cache."""
-
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
@@ -69,7 +66,7 @@ def adam_blockwise(
 ) -> None:
     """Compute `lowmem.kernels.reference.adam_blockwise` in pieces that stay in the cache."""
     for grad, first, second, t, direction, seed in zip(grads, *moments, counts, out, how.seeds, strict=True):
-        for rows, cols in tiles(grad, TILE):
+        for rows, cols in tiles(grad):
             part = direction[rows, cols]
             blocks = first.part(rows, cols, how.form), second.part(rows, cols, how.form)
             at = rows.start, cols.start
@@ -86,7 +83,7 @@ def adamw_blockwise_(
     how: Blockwise,
 ) -> None:
     """Compute `lowmem.kernels.reference.adamw_blockwise_` in pieces that stay in the cache."""
-    for rows, cols in tiles(grad, TILE):
+    for rows, cols in tiles(grad):
         blocks = moments[0].part(rows, cols, how.form), moments[1].part(rows, cols, how.form)
         step = _adam_tile(grad[rows, cols], blocks, (t, how.seeds[0], (rows.start, cols.start)), how)
         part = target.part(rows, cols)
@@ -113,7 +110,7 @@ def _adam_tile(
 def lion_blockwise(grads: Sequence[Tensor], moments: Sequence[Blocks], out: Sequence[Tensor], how: Blockwise) -> None:
     """Compute `lowmem.kernels.reference.lion_blockwise` in pieces that stay in the cache."""
     for grad, moment, direction in zip(grads, moments, out, strict=True):
-        for rows, cols in tiles(grad, TILE):
+        for rows, cols in tiles(grad):
             blocks = moment.part(rows, cols, how.form)
             m, step = dequantise(blocks, how.form, signed=True), torch.empty_like(grad[rows, cols], dtype=torch.float32)
             reference.lion(_finite(grad[rows, cols].float()), m, step, how.betas)

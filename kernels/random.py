@@ -40,20 +40,26 @@ def bits(seed: int, rows: range, cols: int, device: Device = "cpu") -> Tensor:
     return _finalise((keyed ^ (col * _SPREAD & _MASK)) & _MASK)
 
 
-def noise(seed: int | Tensor, rows: range, cols: range, device: Device = "cpu") -> Tensor:
+def noise(seed: int, rows: range, cols: range, device: Device = "cpu") -> Tensor:
     """Return 16 random bits for some cells, int16 in [-2^15, 2^15), shape (len(rows), len(cols)).
 
-    Half words of `bits`, two columns a word, in 32-bit arithmetic that wraps: it rounds numbers in every step. The seed
-    may be an int32 tensor.
+    Half words of `bits`, two columns a word, in 32-bit arithmetic that wraps: it rounds numbers in every step.
     """
-    row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int32)[:, None]
-    keyed = _finalise32_((row * _signed(_GOLDEN)).add_(seed if isinstance(seed, Tensor) else _signed(seed)))
-    if torch.compiler.is_compiling():  # a compiler fuses what follows, and has no views of another size
-        col = torch.arange(cols.start, cols.stop, device=device, dtype=torch.int32)[None, :]
-        word = _finalise32_(keyed ^ ((col >> 1) * _signed(_SPREAD)))
-        return ((word >> ((col & 1) << 4)) << 16) >> 16
+    keyed = row_keys(seed, rows, device)
     col = torch.arange(cols.start // 2, (cols.stop + 1) // 2, device=device, dtype=torch.int32)[None, :]
     return _finalise32_(keyed ^ (col * _signed(_SPREAD))).view(torch.int16)[:, cols.start % 2 :][:, : len(cols)]
+
+
+def row_keys(seed: int, rows: range, device: Device = "cpu") -> Tensor:
+    """The part of `noise` that a row has in common, int32 (len(rows), 1)."""
+    row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int32)[:, None]
+    return _finalise32_((row * _signed(_GOLDEN)).add_(_signed(seed)))
+
+
+def half_words(key: Tensor, col: Tensor) -> Tensor:
+    """`noise` for int32 keys of rows and columns, cell by cell as a compiler fuses it, int32."""
+    word = _finalise32_(key ^ ((col >> 1) * _signed(_SPREAD)))
+    return ((word >> ((col & 1) << 4)) << 16) >> 16
 
 
 def noise_at(seed: int, row: Tensor, col: Tensor) -> Tensor:

@@ -27,9 +27,7 @@ def bits(value: Tensor) -> Tensor:
 
 @few
 @given(seeds, st.integers(0, 9), st.integers(1, 7), st.integers(0, 50), st.integers(1, 40))
-def test_noise_is_half_words_of_bits_in_every_piece(
-    seed: int, row: int, rows: int, col: int, cols: int
-) -> None:
+def test_noise_is_half_words_of_bits_in_every_piece(seed: int, row: int, rows: int, col: int, cols: int) -> None:
     words = random.bits(seed, range(row, row + rows), (col + cols + 1) // 2)
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)[:, col : col + cols]
     noise = random.noise(seed, range(row, row + rows), range(col, col + cols))
