@@ -118,7 +118,7 @@ def quantise_(
 def encode(unit: Tensor, form: Format, *, signed: bool, noise: Tensor) -> Tensor:
     """Codes of values by unit of their scale; `noise` (int16 or int32, 16 bits) rounds companded second moments."""
     if form.name == "dynamic":
-        return torch.bucketize(unit, _midpoints(signed, str(unit.device)))
+        return _nearest(unit, signed)
     if signed:
         return unit.abs().sqrt_().copysign_(unit).mul_(127).round_()
     return _round_fourth_root(unit, noise)
@@ -168,7 +168,23 @@ def dynamic_map(signed: bool, device: str = "cpu") -> Tensor:
     return torch.cat(values).sort().values.float().to(device)
 
 
+def _nearest(unit: Tensor, signed: bool) -> Tensor:
+    """Codes of the nearest values of the dynamic map, an order of magnitude faster than a search.
+
+    The upper 16 bits of a value, its cell, tell the code of the least value in the cell, and no cell has more than one
+    border between two codes.
+    """
+    borders, cells = _borders(signed, str(unit.device))
+    cell = unit.contiguous().view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF)
+    code = cells.index_select(0, cell.view(-1)).view(unit.shape)
+    return code + (unit > borders.index_select(0, code.view(-1)).view(unit.shape))
+
+
 @lru_cache(maxsize=8)
-def _midpoints(signed: bool, device: str) -> Tensor:
+def _borders(signed: bool, device: str) -> tuple[Tensor, Tensor]:
+    """Borders between codes (256,), the last one infinite, and the code of the least value of every cell (2^16,)."""
     table = dynamic_map(signed, "cpu").double()
-    return ((table[1:] + table[:-1]) / 2).float().to(device)
+    borders = torch.cat([(table[1:] + table[:-1]).div(2).float(), torch.tensor([torch.inf])])
+    pattern = torch.arange(1 << 16, dtype=torch.int32) << 16
+    ends = torch.stack([pattern, pattern | 0xFFFF]).view(torch.float32).nan_to_num()
+    return borders.to(device), torch.bucketize(ends.amin(0), borders[:-1], out_int32=True).to(device)

@@ -13,6 +13,7 @@ from .reference import Blockwise
 from .rounding import Target
 from .tiles import tiles
 
+ROOT = torch.finfo(torch.float32).max ** 0.5
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 
 
@@ -120,6 +121,6 @@ def lion_blockwise(grads: Sequence[Tensor], moments: Sequence[Blocks], out: Sequ
 
 def _finite(grad: Tensor) -> Tensor:
     """Entries whose squares are not finite count as zero."""
-    if grad.device.type == "cpu" and torch.linalg.vector_norm(grad).isfinite():  # asking a GPU would synchronise
+    if grad.device.type == "cpu" and torch.linalg.vector_norm(grad) < ROOT:  # asking a GPU would synchronise
         return grad
     return torch.where(grad.square().isfinite(), grad, 0.0)

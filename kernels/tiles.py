@@ -13,9 +13,14 @@ GPU_CHUNK = 1 << 24
 """The same on a GPU, where fewer launches count for more."""
 
 
-def tiles(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut a matrix into blocks of rows, or pieces of one row, of a bounded number of elements."""
-    limit = chunk(matrix.device)
+def tiles(matrix: Tensor, limit: int | None = None) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into blocks of rows, or pieces of one row, of a bounded number of elements.
+
+    Args:
+        matrix: The matrix.
+        limit: Elements of a tile, a power of two; by default what suits the device.
+    """
+    limit = limit or chunk(matrix.device)
     a, b = matrix.shape
     height, width = max(1, limit // max(b, 1)), min(b, limit)
     for row in range(0, a, height):

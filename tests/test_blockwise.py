@@ -138,7 +138,7 @@ def test_the_fast_adam_is_the_specification(form: Format, rows: int, cols: int, 
     first = [coded(moment(rows, cols, True, seed), form, True) for _ in range(2)]
     second = [coded(moment(rows, cols, False, seed + 1), form, False) for _ in range(2)]
     grad, out = moment(rows, cols, True, seed + 2), torch.full((2, rows, cols), torch.nan)
-    grad[0, 0] = [torch.nan, torch.inf, 1e30, 0.0][seed % 4]
+    grad[0, 0] = [torch.nan, torch.inf, 1e30, 0.0][seed % 4]  # the third has a square that is not finite
     how = reference.Blockwise(form, [seed], (0.9, 0.99), 1e-8)
     for index, adam in enumerate((reference.adam_blockwise, moments.adam_blockwise)):
         adam([grad], ([first[index]], [second[index]]), [3], [out[index]], how)
