@@ -5,6 +5,6 @@ if __name__ == "kernels":
     # folder they find this one: without a file it passes for a bare folder, which they take for "not installed".
     del __file__
 else:
-    from .dispatch import BACKENDS, pick
+    from .dispatch import BACKENDS, EVERYWHERE, pick
 
-    __all__ = ["BACKENDS", "pick"]
+    __all__ = ["BACKENDS", "EVERYWHERE", "pick"]

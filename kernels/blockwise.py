@@ -160,12 +160,12 @@ def dynamic_map(signed: bool, device: str = "cpu") -> Tensor:
     A signed one splits 10^(i-7) .. 10^(i-6) into 2^i cells on either side of zero, an unsigned one into 2^(i+1); zero
     and one make it 256.
     """
-    values = [torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, (1 << decade if signed else 2 << decade) + 1, dtype=torch.float64)
+    values = [torch.zeros(1), torch.ones(1)]
+    for decade in range(7):  # in fp32 from the start, as bitsandbytes' values are
+        edges = torch.linspace(0.1, 1.0, (1 << decade if signed else 2 << decade) + 1)
         middle = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)
         values += [middle, -middle] if signed else [middle]
-    return torch.cat(values).sort().values.float().to(device)
+    return torch.cat(values).sort().values.to(device)
 
 
 def _nearest(unit: Tensor, signed: bool) -> Tensor:

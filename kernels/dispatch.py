@@ -6,15 +6,19 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import moments, project_back, random, reference
+from . import bnb, moments, project_back, random, reference
 
-BACKENDS = ("auto", "torch", "compile", "triton", "bitsandbytes")
-"""Values of the option `backend`. "compile" is torch's operations, with 8-bit moments on a CPU by torch.compile."""
+EVERYWHERE = ("auto", "torch", "triton")
+"""Backends that have every operation."""
+ADDITIONS = ("compile", "bitsandbytes")
+"""Backends that are torch but for 8-bit Adam: of "8bit" by torch.compile on a CPU, of "bnb8" by that library."""
+BACKENDS = (*EVERYWHERE, *ADDITIONS)
+"""Values of the option `backend`: who computes moments, bases and products where there is a choice."""
 
 
 class Implementation(NamedTuple):
@@ -57,37 +61,33 @@ def _later(module: str, name: str) -> Callable[..., Any]:
     return run
 
 
-def _torch(run: Callable[..., Any]) -> tuple[Implementation, ...]:
-    """One implementation, which nothing would be gained by compiling."""
-    return Implementation("torch", _anywhere, run), Implementation("compile", _anywhere, run)
-
-
-def _coded(torch_form: Callable[..., Any], name: str) -> tuple[Implementation, ...]:
-    """Implementations of a rule on companded moments."""
-    return (
-        Implementation("torch", _anywhere, torch_form),
-        Implementation("compile", _on_cpu, _later("compiled", name)),
-        Implementation("compile", _anywhere, torch_form),
-    )
+def _coded(torch_form: Callable[..., Any], *others: Implementation) -> tuple[Implementation, ...]:
+    """Implementations of a rule on coded moments."""
+    return (Implementation("torch", _anywhere, torch_form), *others)
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "adam": (
         Implementation("torch", moments.has_fused_adam, moments.adam),
         Implementation("torch", _anywhere, reference.adam),
-        Implementation("compile", _anywhere, reference.adam),
     ),
-    "adam_companded": _coded(moments.adam_blockwise, "adam_blockwise"),
-    "adam_dynamic": _torch(moments.adam_blockwise),
-    "adamw_companded": _coded(moments.adamw_blockwise_, "adamw_blockwise_"),
-    "adamw_dynamic": _torch(moments.adamw_blockwise_),
-    "lion_companded": _torch(moments.lion_blockwise),
-    "lion_dynamic": _torch(moments.lion_blockwise),
-    "project_back": _torch(project_back.project_back_),
+    "adam_companded": _coded(
+        moments.adam_blockwise, Implementation("compile", _on_cpu, _later("compiled", "adam_blockwise"))
+    ),
+    "adamw_companded": _coded(
+        moments.adamw_blockwise_, Implementation("compile", _on_cpu, _later("compiled", "adamw_blockwise_"))
+    ),
+    "adam_dynamic": _coded(moments.adam_blockwise, Implementation("bitsandbytes", bnb.runs_on, bnb.adam_blockwise)),
+    "adamw_dynamic": _coded(
+        moments.adamw_blockwise_,
+        Implementation("bitsandbytes", bnb.runs_on, partial(moments.adamw_blockwise_, adam=bnb.adam_blockwise)),
+    ),
+    "lion_companded": _coded(moments.lion_blockwise),
+    "lion_dynamic": _coded(moments.lion_blockwise),
+    "project_back": (Implementation("torch", _anywhere, project_back.project_back_),),
     "basis": (
         Implementation("triton", _compiles, _later("triton_random", "basis")),
         Implementation("torch", _anywhere, random.basis),
-        Implementation("compile", _anywhere, random.basis),
         Implementation("triton", _interprets, _later("triton_random", "basis")),
     ),
 }
@@ -101,11 +101,17 @@ def pick(op: str, tensor: Tensor, backend: str = "auto") -> Callable[..., Any]:
         tensor: A tensor that the operation will get; its device and dtype decide.
         backend: `"auto"`, or the name of the only backend that is acceptable.
 
+    Returns:
+        The first of the operation's implementations that runs; none is compiled or slower than torch unasked.
+
     Raises:
         ValueError: No implementation of `op` by `backend` runs on this tensor.
     """
-    for candidate in IMPLEMENTATIONS[op]:
-        if backend in ("auto", candidate.name) and candidate.runs_on(tensor):
+    candidates = [c for c in IMPLEMENTATIONS[op] if backend in ("auto", c.name)]
+    if not candidates and backend in ADDITIONS:
+        candidates = [c for c in IMPLEMENTATIONS[op] if c.name == "torch"]
+    for candidate in candidates:
+        if candidate.runs_on(tensor):
             return candidate.run
     if backend == "triton" and not has_triton():
         raise ValueError(f"backend='triton' has no {op!r}: Triton is not installed, pip install 'lowmem[triton]'")

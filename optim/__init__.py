@@ -4,6 +4,7 @@ from .accumulate import SubspaceAccumulator
 from .adafactor import Adafactor
 from .adamw import AdamW8bit
 from .badam import LISA, BAdam
+from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .fira import Fira
 from .flora import Flora
 from .frugal import Frugal
@@ -12,7 +13,9 @@ from .galore_plus import GaLorePlus
 from .lowrank import LowRank
 from .online_subspace import OnlineSubspaceDescent
 from .params import head_groups, param_groups
+from .precision import full_precision_state_dict
 from .presets import FiraAdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from .release import GradientRelease, enable_gradient_release
 
 __all__ = [
     "LISA",
@@ -28,9 +31,14 @@ __all__ = [
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "GaLorePlus",
+    "GradientRelease",
     "LowRank",
     "OnlineSubspaceDescent",
     "SubspaceAccumulator",
+    "enable_gradient_release",
+    "from_bitsandbytes",
+    "full_precision_state_dict",
     "head_groups",
     "param_groups",
+    "to_bitsandbytes",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..kernels import BACKENDS
+from ..kernels import EVERYWHERE
 from .core.accumulation import Own, Random, Way
 from .core.seeded import DISTRIBUTIONS
 from .core.validate import check_choices
@@ -17,7 +17,7 @@ from .core.validate import check_choices
 CHOICES: dict[str, tuple[Any, ...]] = {
     "distribution": DISTRIBUTIONS,
     "proj_type": ("std", "reverse_std", "left", "right"),
-    "backend": BACKENDS,
+    "backend": EVERYWHERE,
 }
 
 

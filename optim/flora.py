@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..kernels import BACKENDS
+from ..kernels import EVERYWHERE
 from ..kernels.rounding import ROUNDINGS
 from . import adafactor
 from .core import codec, factored
@@ -28,7 +28,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "proj_type": tuple(side for side in SIDES if side != "full"),
     "state_dtype": codec.STATE_DTYPES,
     "rounding": ROUNDINGS,
-    "backend": BACKENDS,
+    "backend": EVERYWHERE,
 }
 
 FIXED = {"momentum_on": "update", "decay_by": "alpha", "eps_mode": "square", "warmup_init": False}

@@ -120,6 +120,12 @@ class Frugal(SubspaceOptimizer):
         super().step()
         return loss
 
+    def needs_all_gradients(self) -> str | None:
+        """Blocks take turns by the step of the whole group."""
+        if any(blocks.turns(group) for group in self.param_groups):
+            return "projector='blocks' counts the steps of a group, not of its parameters: use another projector"
+        return super().needs_all_gradients()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as `Lifecycle.add_param_group`; blocks are checked against it."""
         if isinstance(param_group, dict) and "rank" in param_group:

@@ -53,9 +53,16 @@ class Plan:
         budget = CPU_BUFFER if self.params[0].device.type == "cpu" else GPU_BUFFER
         size = max(1, budget // max(1, a * r))
         for start in range(0, len(self.params), size):
-            part = slice(start, start + size)
-            lists = {name: getattr(self, name)[part] for name in ("params", "positions", "offsets")}
-            yield replace(self, **lists)
+            yield self._part(slice(start, start + size))
+
+    def alone(self) -> Iterator[Plan]:
+        """A plan for every one of its parameters."""
+        for index in range(len(self.params)):
+            yield self._part(slice(index, index + 1))
+
+    def _part(self, part: slice) -> Plan:
+        lists = {name: getattr(self, name)[part] for name in ("params", "positions", "offsets")}
+        return replace(self, **lists)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,8 @@ class Lifecycle(Optimizer):
         self._plans: list[Plan] = []
         self._plans_key: tuple[Any, ...] | None = None
         self._low_grads: dict[Tensor, Tensor] = {}
+        self._alone: dict[int, Plan] = {}
+        self._alone_key: Any = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -198,13 +200,33 @@ class Lifecycle(Optimizer):
         self._prepare()
         hypers = [self._hyper(group) for group in self.param_groups]
         for plan in self._planned():
-            if self._waits(self.param_groups[plan.group]):
-                continue
-            bucket = self._bucket(plan, hypers[plan.group])
-            if bucket.params:
-                (self.plain if plan.view is None else self._project)(bucket)
+            if not self._waits(self.param_groups[plan.group]):
+                self._step_plan(plan, hypers[plan.group])
         self._low_grads.clear()
         return loss
+
+    def _step_plan(self, plan: Plan, hyper: Any) -> None:
+        bucket = self._bucket(plan, hyper)
+        if bucket.params:
+            (self.plain if plan.view is None else self._project)(bucket)
+
+    @torch.no_grad()
+    def step_one(self, param: Tensor) -> None:
+        """Step one parameter by its gradient, as `step` would; what `enable_gradient_release` calls.
+
+        Raises:
+            KeyError: The optimizer does not have the parameter.
+        """
+        plans = self._planned()
+        if self._alone_key is not self._plans_key:
+            self._alone = {id(p): part for plan in plans for p, part in zip(plan.params, plan.alone(), strict=True)}
+            self._alone_key = self._plans_key
+        plan = self._alone[id(param)]
+        self._step_plan(plan, self._hyper(self.param_groups[plan.group]))
+
+    def needs_all_gradients(self) -> str | None:
+        """Say why parameters cannot be stepped one by one; None where they can."""
+        return None
 
     def _prepare(self) -> None:
         """Do what must precede the sorting into buckets."""

@@ -81,6 +81,12 @@ class SubspaceOptimizer(Lifecycle):
         """A group whose ranks are open stands still until a gradient tells something of them."""
         return group["rank"] == AUTO and "ranks" not in group
 
+    def needs_all_gradients(self) -> str | None:
+        """Ranks that are open are chosen from all gradients."""
+        if any(self._waits(group) for group in self.param_groups):
+            return "rank='auto' chooses ranks from all gradients of a step: take one step first"
+        return super().needs_all_gradients()
+
     def _bytes_at(self, param: Tensor, rank: int, group: dict[str, Any]) -> int | None:
         """Bytes of state that an eligible parameter takes at a rank; None where it cannot have it."""
         settled = {**group, "rank": rank}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...kernels import BACKENDS
+from ...kernels import BACKENDS, bnb
 from ...kernels.rounding import ROUNDINGS
 from .adaptive import AUTO
 from .basis import DENSE
@@ -70,12 +70,29 @@ def check_subspace(group: Mapping[str, Any]) -> None:
     """
     check_adam(group)
     check_choices(group, CHOICES)
+    _check_backend(group)
     check_rank(group)
     if not 0.0 < group["scale"] < float("inf"):
         raise ValueError(f"Invalid scale: {group['scale']}; need a positive number")
     _check_projector(group)
     if group.get("dim", 2) != 2:
         raise ValueError(f"Invalid dim: {group['dim']}; drop the key, more dimensions are viewed as a matrix")
+
+
+def _check_backend(group: Mapping[str, Any]) -> None:
+    """A backend that computes 8-bit moments of one kind needs that kind."""
+    needed = {"compile": "8bit", "bitsandbytes": "bnb8"}.get(group["backend"])
+    if needed and group["state_dtype"] != needed:
+        raise ValueError(
+            f"backend={group['backend']!r} computes moments of state_dtype={needed!r}, got {group['state_dtype']!r}: "
+            f"pass state_dtype={needed!r}, or backend='auto'"
+        )
+    if needed and group["rule"] != "adamw":
+        raise ValueError(
+            f"backend={group['backend']!r} computes rule='adamw', got {group['rule']!r}: pass backend='auto'"
+        )
+    if group["backend"] == "bitsandbytes" and not bnb.available():
+        raise ValueError("backend='bitsandbytes' needs that library: pip install 'bitsandbytes>=0.44'")
 
 
 def check_rank(group: Mapping[str, Any]) -> None:
