@@ -174,17 +174,17 @@ def _nearest(unit: Tensor, signed: bool) -> Tensor:
     The upper 16 bits of a value, its cell, tell the code of the least value in the cell, and no cell has more than one
     border between two codes.
     """
-    borders, cells = _borders(signed, str(unit.device))
+    edges, cells = borders(signed, str(unit.device))
     cell = unit.contiguous().view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF)
     code = cells.index_select(0, cell.view(-1)).view(unit.shape)
-    return code + (unit > borders.index_select(0, code.view(-1)).view(unit.shape))
+    return code + (unit > edges.index_select(0, code.view(-1)).view(unit.shape))
 
 
 @lru_cache(maxsize=8)
-def _borders(signed: bool, device: str) -> tuple[Tensor, Tensor]:
+def borders(signed: bool, device: str) -> tuple[Tensor, Tensor]:
     """Borders between codes (256,), the last one infinite, and the code of the least value of every cell (2^16,)."""
     table = dynamic_map(signed, "cpu").double()
-    borders = torch.cat([(table[1:] + table[:-1]).div(2).float(), torch.tensor([torch.inf])])
+    edges = torch.cat([(table[1:] + table[:-1]).div(2).float(), torch.tensor([torch.inf])])
     pattern = torch.arange(1 << 16, dtype=torch.int32) << 16
     ends = torch.stack([pattern, pattern | 0xFFFF]).view(torch.float32).nan_to_num()
-    return borders.to(device), torch.bucketize(ends.amin(0), borders[:-1], out_int32=True).to(device)
+    return edges.to(device), torch.bucketize(ends.amin(0), edges[:-1], out_int32=True).to(device)

@@ -55,21 +55,28 @@ def _interprets(tensor: Tensor) -> bool:
 def _later(module: str, name: str) -> Callable[..., Any]:
     """A function of a module that is imported when it is first used."""
 
-    def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f".{module}", __package__), name)(*args)
+    def run(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(f".{module}", __package__), name)(*args, **options)
 
     return run
 
 
 def _coded(torch_form: Callable[..., Any], *others: Implementation) -> tuple[Implementation, ...]:
     """Implementations of a rule on coded moments."""
-    return (Implementation("torch", _anywhere, torch_form), *others)
+    in_triton = _later("triton_moments", torch_form.__name__)
+    return (
+        Implementation("triton", _compiles, in_triton),
+        Implementation("torch", _anywhere, torch_form),
+        *others,
+        Implementation("triton", _interprets, in_triton),
+    )
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "adam": (
         Implementation("torch", moments.has_fused_adam, moments.adam),
         Implementation("torch", _anywhere, reference.adam),
+        *(Implementation("triton", runs_on, _later("triton_moments", "adam")) for runs_on in (_compiles, _interprets)),
     ),
     "adam_companded": _coded(
         moments.adam_blockwise, Implementation("compile", _on_cpu, _later("compiled", "adam_blockwise"))

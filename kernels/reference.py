@@ -204,3 +204,18 @@ def square_means(matrix: Tensor) -> tuple[Tensor, Tensor]:
     squares = matrix.float().square()
     m, n = max(matrix.shape[0], 1), max(matrix.shape[1], 1)
     return squares.sum(1) / n, squares.sum(0) / m
+
+
+def adamw_blockwise_(
+    target: Target,
+    grad: Tensor,
+    moments: tuple[Blocks, Blocks],
+    t: int,
+    lr: float | Tensor,
+    decay: float | Tensor,
+    how: Blockwise,
+) -> None:
+    """AdamW on one weight (rows, cols) whose moments are coded: `W <- decay W - lr N`, N of `adam_blockwise`."""
+    step = torch.empty(grad.shape, device=grad.device)
+    adam_blockwise([grad.float()], ([moments[0]], [moments[1]]), [t], [step], how)
+    target.write(target.read() * decay - step * lr)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import random
+from .triton_common import bits, signed
 
 ON_GPU, ON_CPU = 1024, 1 << 16
 """Elements of a program: the interpreter's cost is by program, whatever its size."""
@@ -19,25 +20,12 @@ ON_GPU, ON_CPU = 1024, 1 << 16
 LARGEST = (1 << 31) - ON_CPU
 
 
-@triton.jit
-def _finalise(x):
-    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _bits(row, col, seed):
-    keyed = _finalise(row.to(tl.uint32) * tl.full((), 0x9E3779B9, tl.uint32) + seed.to(tl.uint32))
-    return _finalise(keyed ^ (col.to(tl.uint32) * tl.full((), 0x85EBCA6B, tl.uint32)))
-
-
 @triton.jit(do_not_specialize=["seed", "first"])
 def rademacher(out, count, cols, first, seed, scale, BLOCK: tl.constexpr):
     """`P_ij = +-scale`, bit `j % 32` of word `j // 32` of row i."""
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, col = first + offset // cols, offset % cols
-    bit = (_bits(row, col // 32, seed) >> (col % 32).to(tl.uint32)) & 1
+    bit = (bits(row, col // 32, seed) >> (col % 32).to(tl.uint32)) & 1
     tl.store(out + offset, tl.where(bit != 0, scale, -scale), mask=offset < count)
 
 
@@ -46,7 +34,7 @@ def gaussian(out, table, count, cols, first, seed, scale, BLOCK: tl.constexpr):
     """`P_ij = scale` times the quantile of half a word."""
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row, col = first + offset // cols, offset % cols
-    word = _bits(row, col // 2, seed)
+    word = bits(row, col // 2, seed)
     half = tl.where(col % 2 == 0, word & 0xFFFF, word >> 16).to(tl.int32)
     tl.store(out + offset, tl.load(table + half) * scale, mask=offset < count)
 
@@ -59,7 +47,7 @@ def orthonormal(out, table, chosen, count, cols, first, seed, size, BLOCK: tl.co
     row, column = first + offset // cols, tl.load(chosen + offset % cols, mask=mask, other=0)
     angle = tl.where(column == 0, 4 * size, (2 * row.to(tl.int64) + 1) * column % (4 * size))
     value = tl.load(table + angle, mask=mask, other=0.0)
-    bit = _bits(row, row * 0, seed) & 1
+    bit = bits(row, row * 0, seed) & 1
     tl.store(out + offset, tl.where(bit != 0, value, -value), mask=mask)
 
 
@@ -78,18 +66,13 @@ def basis(out: Tensor, kind: str, seed: int, first: int, size: int) -> None:
     grid = (triton.cdiv(count, block),)
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     if kind == "rademacher":
-        rademacher[grid](target, count, rank, first, _signed(seed), rank**-0.5, BLOCK=block)
+        rademacher[grid](target, count, rank, first, signed(seed), rank**-0.5, BLOCK=block)
     elif kind == "gaussian":
         table = random.quantiles(str(device))
-        gaussian[grid](target, table, count, rank, first, _signed(seed), rank**-0.5, BLOCK=block)
+        gaussian[grid](target, table, count, rank, first, signed(seed), rank**-0.5, BLOCK=block)
     else:
         table, chosen = random.angles(size, rank, str(device)), random.subset(seed, size, rank).to(device)
-        flips = _signed(random.mix(seed, 1))
+        flips = signed(random.mix(seed, 1))
         orthonormal[grid](target, table, chosen, count, rank, first, flips, size, BLOCK=block)
     if target is not out:
         out.copy_(target)
-
-
-def _signed(word: int) -> int:
-    """The 32-bit integer of the same bits, so that every seed has the type i32."""
-    return word - (1 << 32) if word >= 1 << 31 else word
