@@ -55,6 +55,8 @@ class GaLore(SubspaceOptimizer):
             bitsandbytes), "bfloat16" (second moments rounded stochastically), "parameter" (the default of
             `compat="official"`), or a torch.dtype.
         gemm_dtype: Dtype of the projections' operands; "auto" is the gradient's.
+        basis_dtype: None keeps a basis in the weight's dtype, "int8" and "int4" in that many bits, columns of unit
+            length but only nearly orthogonal.
         rounding: How bf16 weights are written: "nearest", "stochastic" (unbiased, without state), "compensated" (the
             fp32 weight, of which 16 bits are kept in state) or "compensated8" (24 bits of it, one byte of state).
         stagger: Spread the refreshes of the matrices over the interval, so that no step stalls.

@@ -23,7 +23,7 @@ from lowmem.optim import (
     LowRank,
     OnlineSubspaceDescent,
 )
-from lowmem.optim.core import codec
+from lowmem.optim.core import codec, compact
 from lowmem.optim.core.state import is_counter
 from torch import Tensor, nn
 
@@ -291,6 +291,52 @@ def test_coded_weights_of_any_stride_and_maximize() -> None:
             feed(optimizer, weight, [randn(96, 64, seed=s) for s in range(3)])
             results.append(weight.detach().clone())
         assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("dtype", "overlap", "skew"), [("int8", 0.9999, 0.015), ("int4", 0.975, 0.25)])
+@pytest.mark.parametrize("shape", [(256, 64), (130, 33), (5, 5), (64, 1)])
+def test_a_basis_in_few_bits_keeps_lengths_and_nearly_its_span(
+    dtype: str, overlap: float, skew: float, shape: tuple[int, int]
+) -> None:
+    basis = torch.linalg.qr(randn(*shape)).Q
+    described = compact.specs("basis", shape, dtype, torch.device("cpu"))
+    codes, scale = (torch.zeros(spec.shape, dtype=spec.dtype) for spec in described.values())
+    compact.write(codes, scale, basis)
+    found = compact.read(codes, scale, torch.float32)
+    torch.testing.assert_close(found.norm(dim=0), torch.ones(shape[1]), rtol=1e-5, atol=0)
+    assert (basis.T @ torch.linalg.qr(found).Q).square().sum() / shape[1] > overlap
+    assert torch.linalg.matrix_norm(found.T @ found - torch.eye(shape[1]), 2) < skew
+    again = codes.clone()
+    compact.write(again, scale.clone(), found)
+    assert torch.equal(again, codes)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["galore", "galore-full", "fira", "frugal-svd", "galore_plus"])
+def test_optimizers_keep_bases_in_few_bits(name: str, dtype: str) -> None:
+    options: dict[str, Any] = {"gamma": None} if name == "fira" else {}
+    steps = GAP - 1  # within one interval: the next basis of noise is another one after any change
+    exact = movement(train(name, steps, **options)[1])
+    optimizer, params = train(name, steps, basis_dtype=dtype, **options)
+    assert (movement(params) - exact).norm() < {"int8": 0.1, "int4": 0.5}[dtype] * exact.norm()
+    held = optimizer.state[params[0]]
+    assert held["basis"].dtype == {"int8": torch.int8, "int4": torch.uint8}[dtype]
+    measured = sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if not is_counter(k))
+    assert measured == optimizer.summary().state_bytes
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    twin = OPTIMIZERS[name](twins, lr=1e-2, basis_dtype=dtype, **options)
+    twin.load_state_dict(optimizer.state_dict())
+    for one, of in ((optimizer, params), (twin, twins)):
+        step(one, of, 50)
+    assert all(map(torch.equal, params, twins))
+
+
+def test_bases_in_few_bits_where_they_mean_nothing_are_refused() -> None:
+    weight = nn.Parameter(randn(12, 8))
+    with pytest.raises(ValueError, match="basis_dtype='int8' is for one dense basis a matrix, projector='columns'"):
+        Frugal([weight], density=0.5, basis_dtype="int8")
+    with pytest.raises(ValueError, match="basis_dtype='int4' keeps a basis only nearly orthonormal"):
+        Fira([weight], rank=2, basis_dtype="int4")
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from ...kernels import pick, random
 from ...kernels.reference import Move, Scaled, scaled
 from ...kernels.rounding import Target
 from ...kernels.tiles import row_blocks
-from . import linalg
+from . import compact, linalg
 from .change import Change, Match, Turn
 from .spec import Spec
 from .view import MatrixView
@@ -112,8 +112,30 @@ class Dense(Basis):
     names = ("basis", "basis_left")
 
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
-        """The basis in the weight's dtype: `b r` elements, and `a r` for the left one of a full projection."""
-        return {name: Spec(size, param.dtype, param.device) for name, size in view.basis_shapes.items()}
+        """The basis in the weight's dtype or in few bits: `b r` elements, and `a r` for the left one of two."""
+        if hyper.basis_dtype is None:
+            return {name: Spec(size, param.dtype, param.device) for name, size in view.basis_shapes.items()}
+        described: dict[str, Spec] = {}
+        for name, size in view.basis_shapes.items():
+            described |= compact.specs(name, size, hyper.basis_dtype, param.device)
+        return described
+
+    def read(self, held: State, dtype: torch.dtype, name: str = "basis") -> Tensor:
+        """P, or with `name="basis_left"` Q, in a dtype: the stored tensor itself where it has that dtype."""
+        scale = held.get(name + compact.SCALE)
+        return held[name].to(dtype) if scale is None else compact.read(held[name], scale, dtype)
+
+    def left(self, held: State, dtype: torch.dtype) -> Tensor | None:
+        """Q of a full projection."""
+        return self.read(held, dtype, "basis_left") if "basis_left" in held else None
+
+    def store(self, held: State, new: Bases) -> None:
+        """Take the new basis over."""
+        for name, value in zip(self.names, new, strict=False):
+            if value is not None and name + compact.SCALE in held:
+                compact.write(held[name], held[name + compact.SCALE], value)
+            elif value is not None:
+                held[name].copy_(value)
 
     def arbitrary(self, view: MatrixView, seed: int, device: torch.device) -> Bases:
         """Random orthonormal columns."""
@@ -126,26 +148,28 @@ class Dense(Basis):
     def change(self, held: State, new: Bases) -> Turn:
         """Overlaps of old and new directions."""
         dtype = new.basis.dtype
-        right = new.basis.T @ held["basis"].to(dtype)  # (r, r)
-        return Turn(right, None if new.left is None else new.left.T @ held["basis_left"].to(dtype))
+        right = new.basis.T @ self.read(held, dtype)  # (r, r)
+        return Turn(right, None if new.left is None else new.left.T @ self.read(held, dtype, "basis_left"))
 
     def columns(self, held: State, size: int, dtype: torch.dtype) -> Tensor:
         """P itself."""
-        return held["basis"].to(dtype)
+        return self.read(held, dtype)
 
     def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor) -> None:
         """One product, `A P`, or two, `Q^T A P`."""
-        _multiply(matrix, held["basis"], gemm, out, held.get("basis_left"))
+        _multiply(matrix, self.read(held, gemm), gemm, out, self.left(held, gemm))
 
     def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
         """One product in place, `N P^T`, or two, `Q N P^T`."""
-        if "basis_left" in held:
-            direction = held["basis_left"].to(step.move.gemm) @ direction.to(step.move.gemm)  # (a, r)
-        step.add(target, direction, held["basis"])
+        gemm = step.move.gemm
+        left = self.left(held, gemm)
+        if left is not None:
+            direction = left @ direction.to(gemm)  # (a, r)
+        step.add(target, direction, self.read(held, gemm))
 
     def across(self, held: State, rows: Tensor, cols: Tensor) -> Tensor:
         """The rows of P (k, r) that meet the entries (rows, cols) of A in `R P^T`."""
-        return held["basis"][cols]
+        return self.read(held, torch.float32)[cols] if "basis" + compact.SCALE in held else held["basis"][cols]
 
 
 class Index(Basis):

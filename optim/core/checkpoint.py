@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .projector import PROJECTORS
 from .spec import Spec
 
-STRUCTURAL = ("rank", "density", "proj_type", "rule", "state_dtype")
+STRUCTURAL = ("rank", "density", "proj_type", "rule", "state_dtype", "basis_dtype")
 """Options that decide which state a parameter has: they cannot differ between a checkpoint and its reader."""
 
 Groups = Sequence[dict[str, Any]]

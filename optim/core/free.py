@@ -25,7 +25,7 @@ from ...kernels.reference import Scaled, Signed
 from ...kernels.reference import residual as remainder
 from ...kernels.tiles import tiles
 from .apply import count_step
-from .basis import INDEX
+from .basis import DENSE, INDEX
 from .bucket import Bucket
 from .plain import plain_
 from .verbs import move_back_, scaled_rows
@@ -135,8 +135,9 @@ def _of_remainder(b: Bucket, index: int, low: Tensor, sound: Tensor, free: Free)
     """`s_f sign(A - R P^T)`; a sign of rounding errors would count as much as any other, and is left out."""
     held, matrix = b.states[index], b.matrix(index)
     basis = b.basis.columns(held, b.view.b, b.gemm_dtype)
-    if "basis_left" in held:
-        low = held["basis_left"].to(low.dtype) @ low  # (a, r)
+    left = DENSE.left(held, low.dtype)
+    if left is not None:
+        low = left @ low  # (a, r)
     low = -low if b.hyper.maximize else low
     roundings = sum(n * torch.finfo(dtype).eps for n, dtype in zip(NOISE, (basis.dtype, low.dtype), strict=True))
     floor = torch.linalg.vector_norm(matrix, dim=1, dtype=low.dtype) * (roundings / matrix.shape[1] ** 0.5)  # (a,)
@@ -150,7 +151,7 @@ def _of_remainder(b: Bucket, index: int, low: Tensor, sound: Tensor, free: Free)
 def _inside(b: Bucket, index: int, residual: Signed) -> Tensor:
     """`F P` (a, r), for a full projection `Q^T F P` (r, r): what the free rule puts into the subspace."""
     held, gemm = b.states[index], b.gemm_dtype
-    basis, left = b.basis.columns(held, b.view.b, gemm), held.get("basis_left")
+    basis, left = b.basis.columns(held, b.view.b, gemm), DENSE.left(held, gemm)
     inside = torch.zeros(b.view.low_shape, dtype=b.dtype, device=basis.device)
     for rows, cols in tiles(residual.grad):
         free = remainder(piece(residual, rows, cols), b.dtype, gemm)

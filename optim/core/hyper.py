@@ -46,6 +46,7 @@ class Hyper:
     state_dtype: str
     gemm_dtype: str
     rounding: str
+    basis_dtype: str | None
     backend: str
     maximize: bool
     foreach: bool | None
@@ -145,7 +146,7 @@ def normalise(group: dict[str, Any], known: frozenset[str]) -> None:
             group[name] = group.pop(alias)
     if group.get("proj_type") in PROJECTORS and group["proj_type"] not in SIDES:
         group["projector"] = group.pop("proj_type")
-    for name in ("state_dtype", "gemm_dtype", "momentum_dtype"):
+    for name in ("state_dtype", "gemm_dtype", "momentum_dtype", "basis_dtype"):
         if isinstance(group.get(name), torch.dtype):
             group[name] = str(group[name]).removeprefix("torch.")
     for key in group:

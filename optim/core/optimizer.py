@@ -38,6 +38,7 @@ class SubspaceOptimizer(Lifecycle):
         rule: str = "adamw",
         state_dtype: str | torch.dtype | None = None,
         gemm_dtype: str | torch.dtype = "auto",
+        basis_dtype: str | torch.dtype | None = None,
         rounding: str = "nearest",
         num_heads: int | Sequence[tuple[int, int | None]] | None = None,
         head_select: str = "random",
@@ -59,6 +60,7 @@ class SubspaceOptimizer(Lifecycle):
         schedule = {"update_proj_gap": update_proj_gap, "stagger": stagger, "lazy": lazy}
         search = {"projector": projector, "seed": seed, "num_heads": num_heads, "head_select": head_select}
         numerics = {"state_dtype": state_dtype, "gemm_dtype": gemm_dtype, "rounding": rounding, "backend": backend}
+        numerics |= {"basis_dtype": basis_dtype}
         torch_form = {"maximize": maximize, "foreach": foreach, "fused": fused}
         super().__init__(params, adam | subspace | schedule | search | numerics | torch_form | {"compat": compat})
         if (energy is not None or budget is not None) and not any(group["rank"] == AUTO for group in self.param_groups):

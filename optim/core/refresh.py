@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels import random
 from . import linalg
-from .basis import Bases
+from .basis import DENSE, Bases, State
 from .bucket import Bucket
 from .carry import carry_moments
 from .descend import descend_
@@ -64,14 +64,14 @@ def _find(b: Bucket, index: int, scale: Tensor) -> None:
         view=b.view,
         layout=b.layout,
         seed=random.mix(hyper.seed, b.positions[index], done),
-        old=held["basis"] if done else None,
+        old=_old(b, held) if done else None,
         hyper=hyper,
         done=done,
     )
     find = official_svd if hyper.official and hyper.projector == "svd" else hyper.chooses.find
     bases = find(request)
     _adopt(b, index, bases)
-    b.projected[index] = bases.image
+    b.projected[index] = bases.image if hyper.basis_dtype is None else None  # rounding turns the basis a little
     b.fresh[index] = True
 
 
@@ -82,7 +82,7 @@ def _track(b: Bucket, index: int, low: Tensor) -> None:
     gradient's energy than an exact basis now and then (arXiv 2410.16103 does so in every step).
     """
     matrix, held = _wide(b.matrix(index)), b.states[index]
-    image = linalg.product(matrix, held["basis"].to(b.dtype)) if b.view.full else low  # A P (a, r)
+    image = linalg.product(matrix, DENSE.read(held, b.dtype)) if b.view.full else low  # A P (a, r)
     scale = image.abs().amax()
     adjoint = b.layout.sum_rows(linalg.product(matrix.T, image / scale))
     largest = adjoint.abs().amax()
@@ -92,6 +92,11 @@ def _track(b: Bucket, index: int, low: Tensor) -> None:
     basis = linalg.orthonormal(adjoint / torch.where(largest > 0, largest, 1.0))
     left = linalg.orthonormal(linalg.product(matrix, basis) / scale) if b.view.full else None
     _adopt(b, index, Bases(basis, left))
+
+
+def _old(b: Bucket, held: State) -> Tensor:
+    """The basis in use as it is stored, or decoded."""
+    return held["basis"] if b.hyper.basis_dtype is None else DENSE.read(held, b.dtype)
 
 
 def _wide(matrix: Tensor) -> Tensor:

@@ -59,6 +59,11 @@ def check(group: Mapping[str, Any]) -> None:
         raise ValueError('proj_type="full" mixes the rows: pass scale_mode="matrix" with it')
     if group["rule"] == "adafactor":
         raise ValueError("rule='adafactor' has the learning rate in its direction: choose adamw, rmsprop, lion or sgd")
+    if group["basis_dtype"] == "int4" and group["gamma"] is not None:
+        raise ValueError(
+            "basis_dtype='int4' keeps a basis only nearly orthonormal, the limit of growth needs it exact: pass "
+            "gamma=None, or basis_dtype='int8'"
+        )
     if group["projector"] == "descend" and group["gamma"] is not None:
         raise ValueError(
             "projector='descend' keeps its basis only nearly orthonormal, the limit of growth needs it exact: pass "

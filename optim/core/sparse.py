@@ -228,8 +228,9 @@ def _at(b: Bucket, held: State, thin: Tensor) -> Tensor:
     view, basis = b.view, b.basis
     if not isinstance(basis, (Dense, Segments)):
         raise TypeError(f"the entries of a product with {type(basis).__name__} are not known")
-    if "basis_left" in held:
-        thin = held["basis_left"].to(b.dtype) @ thin  # (a, r)
+    left = DENSE.left(held, b.dtype)
+    if left is not None:
+        thin = left @ thin  # (a, r)
     found = []
     for part in torch.split(held[INDEX].long(), max(1, GATHER // view.rank)):
         row, col = part // view.n, part % view.n

@@ -12,6 +12,7 @@ from ...kernels.rounding import ROUNDINGS
 from .adaptive import AUTO
 from .basis import DENSE
 from .codec import STATE_DTYPES
+from .compact import BASIS_DTYPES
 from .cross_head import check_heads
 from .descend import BASIS_RULES
 from .projector import PROJECTORS
@@ -26,6 +27,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "state_dtype": (None, *STATE_DTYPES),
     "gemm_dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
     "rounding": ROUNDINGS,
+    "basis_dtype": BASIS_DTYPES,
     "backend": BACKENDS,
     "compat": (None, "official"),
     "proj_rule": tuple(BASIS_RULES),
@@ -130,6 +132,11 @@ def _check_projector(group: Mapping[str, Any]) -> None:
             "proj_type='std', or projector='sketch', 'svd', 'track' or 'random'"
         )
     check_heads(group)
+    if group.get("basis_dtype") and (projector.basis is not DENSE or isinstance(group.get("num_heads"), (list, tuple))):
+        raise ValueError(
+            f"basis_dtype={group['basis_dtype']!r} is for one dense basis a matrix, projector={group['projector']!r} "
+            "keeps another: choose 'sketch', 'svd', 'track' or 'random', or drop the option"
+        )
     if lazy is not None and not 0.0 <= lazy <= 1.0:
         raise ValueError(f"Invalid lazy: {lazy}; need an overlap between 0 and 1, or None")
     for name in ("lazy", "stagger") if group["projector"] == "descend" else ():

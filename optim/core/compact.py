@@ -1,0 +1,59 @@
+"""A dense basis in few bits: integers with a scale a column, chosen such that every column has unit length.
+
+    int8    c_ij = round(127 P_ij / max_i |P_ij|)                  one byte an entry
+    int4    c_ij = round(7 P_ij / max_i |P_ij|), two in a byte     half a byte
+    P_ij  = c_ij / |c_j|
+
+Columns keep their length exactly and their directions nearly. Of random orthonormal bases (128 x 32 to 4096 x 1024) the
+span keeps 0.9999 in int8 and 0.98 to 0.99 in int4 (`|P^T Q|^2 / r`), and `|P^T P - I|` (largest singular value) goes
+from zero to 0.007 .. 0.012 in int8, 0.14 .. 0.23 in int4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .spec import Spec
+
+BASIS_DTYPES = (None, "int8", "int4")
+"""Values of the option `basis_dtype`; None is the weight's own dtype."""
+
+SCALE = "_scale"
+"""Suffix of the scales of a basis."""
+
+_LARGEST = {torch.int8: 127, torch.uint8: 7}
+
+
+def specs(name: str, shape: tuple[int, int], dtype: str, device: torch.device) -> dict[str, Spec]:
+    """Describe a basis (b, r): `b r` bytes or `b ceil(r / 2)`, and `4 r` of scales."""
+    rows, cols = shape
+    codes = Spec(shape, torch.int8, device) if dtype == "int8" else Spec((rows, -(-cols // 2)), torch.uint8, device)
+    return {name: codes, name + SCALE: Spec((cols,), torch.float32, device)}
+
+
+def read(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the basis (b, r) in a floating dtype."""
+    return _unpack(codes, len(scale)).to(dtype) * scale.to(dtype)
+
+
+def write(codes: Tensor, scale: Tensor, basis: Tensor) -> None:
+    """Store a basis (b, r)."""
+    largest = basis.abs().amax(0).clamp_min(torch.finfo(basis.dtype).tiny)
+    rounded = (basis / largest * _LARGEST[codes.dtype]).round_()
+    scale.copy_(1 / torch.linalg.vector_norm(rounded, dim=0).clamp_min(1.0))
+    codes.copy_(_pack(rounded) if codes.dtype == torch.uint8 else rounded)
+
+
+def _pack(rounded: Tensor) -> Tensor:
+    nibbles = (rounded + 8).to(torch.uint8)
+    if nibbles.shape[1] % 2:
+        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
+    return nibbles[:, ::2] | (nibbles[:, 1::2] << 4)
+
+
+def _unpack(codes: Tensor, cols: int) -> Tensor:
+    if codes.dtype == torch.int8:
+        return codes
+    pairs = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, :cols]
+    return pairs.to(torch.int8) - 8
