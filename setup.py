@@ -35,7 +35,7 @@ setup(
         "test": TEST + BENCH + TRITON,
         "triton": TRITON,
         "lint": ["ruff", "mypy"],
-        "peers": ["galore-torch"],
+        "peers": ["galore-torch", "bitsandbytes>=0.44", "torchao"],
         "bitsandbytes": ["bitsandbytes>=0.44"],
     },
     entry_points={"console_scripts": ["lowmem = lowmem.bench.cli:main"]},

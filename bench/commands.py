@@ -119,8 +119,9 @@ def step_time(
     dtype: Annotated[str, typer.Option(help="fp32 or bf16: the type of weights and gradients.")] = "fp32",
     rounds: Annotated[int, typer.Option(min=3, help="Timed steps of each contender; they take turns.")] = 12,
     gap: Annotated[int, typer.Option(min=1, help="Interval of the run with staggered refreshes.")] = 200,
-    peers: Annotated[bool, typer.Option("--peers", help='Time galore-torch too (extra "peers").')] = False,
+    peers: Annotated[bool, typer.Option("--peers", help='Time the neighbours too (extra "peers").')] = False,
     methods: Annotated[bool, typer.Option("--methods", help="Time every method of the package.")] = False,
+    eight_bit: Annotated[bool, typer.Option("--eight-bit", help="Time moments in 8 bits too.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.", show_default="not written")] = None,
 ) -> None:
     """Time optimizer steps side by side: floor, ours, torch's AdamW, the neighbours."""
@@ -129,7 +130,7 @@ def step_time(
     from .step_time import Settings
     from .step_time import step_time as run
 
-    run(Settings(model, rank, dtype, rounds, gap, peers, methods), out)
+    run(Settings(model, rank, dtype, rounds, gap, peers, methods, eight_bit), out)
 
 
 @app.command()

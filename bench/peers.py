@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from .errors import UserError
 
 LR = 1e-6
 NEVER = 1 << 30
+EIGHT_BIT_BACKENDS = ("torch", "compile")
 
 
 class Stepper(Protocol):
@@ -85,6 +87,32 @@ def other_methods(params: list[Tensor], rank: int) -> list[Contender]:
         Contender("Flora", optim.Flora(params, **shared)),
         Contender("Adafactor", optim.Adafactor(params, lr=LR)),
     ]
+
+
+def eight_bit(params: list[Tensor], rank: int) -> list[Contender]:
+    """GaLore with moments in 8 bits, by torch's operations and compiled."""
+    found = [ours(params, rank, state_dtype="8bit", backend=backend) for backend in EIGHT_BIT_BACKENDS]
+    return [replace(c, name=f"GaLore 8bit, {b}") for c, b in zip(found, EIGHT_BIT_BACKENDS, strict=True)]
+
+
+def eight_bit_adamw(params: list[Tensor]) -> list[Contender]:
+    """AdamW with moments in 8 bits on whole parameters, by torch's operations and compiled."""
+    return [
+        Contender(f"AdamW8bit, {backend}", optim.AdamW8bit(params, lr=LR, backend=backend))
+        for backend in EIGHT_BIT_BACKENDS
+    ]
+
+
+def eight_bit_peers(params: list[Tensor]) -> list[Contender]:
+    """The 8-bit AdamW of bitsandbytes and of torchao, those that are installed."""
+    found = []
+    for name, module in (("bitsandbytes", "bitsandbytes.optim"), ("torchao", "torchao.optim")):
+        try:
+            build = importlib.import_module(module).AdamW8bit
+        except ImportError:
+            continue
+        found.append(Contender(f"{name} AdamW8bit", build(params, lr=LR)))
+    return found
 
 
 def _refreshable(optimizer: Optimizer) -> Contender:

@@ -41,6 +41,7 @@ class Settings:
         gap: Interval of the staggered run.
         peers: Measure the neighbours too.
         methods: Measure every method of the package, not GaLore alone.
+        eight_bit: Measure moments in 8 bits, and with `peers` bitsandbytes' and torchao's where they are installed.
         batch_size: Sequences of the batch that the gradients come from.
         length: Tokens of a sequence.
     """
@@ -52,6 +53,7 @@ class Settings:
     gap: int = 200
     peers: bool = False
     methods: bool = False
+    eight_bit: bool = False
     batch_size: int = 4
     length: int = 256
 
@@ -133,6 +135,8 @@ def _projected_timings(settings: Settings, params: list[Tensor], device: torch.d
     contenders += [peers.ours(params, settings.rank), *peers.torch_adamw(params)]
     if settings.methods:
         contenders += peers.other_methods(params, settings.rank)
+    if settings.eight_bit:
+        contenders += peers.eight_bit(params, settings.rank)
     if settings.peers:
         contenders.append(peers.galore_torch(params, settings.rank))
     return _take_turns(contenders, settings.rounds, device)
@@ -141,7 +145,11 @@ def _projected_timings(settings: Settings, params: list[Tensor], device: torch.d
 def _plain_timings(settings: Settings, params: list[Tensor], device: torch.device) -> list[Timing]:
     fused = peers.torch_adamw(params)[-1]
     mine = peers.Contender("GaLore, plain group", GaLore([{"params": params, "rank": None}], lr=peers.LR))
-    return _take_turns([fused, mine], settings.rounds, device)
+    contenders = [fused, mine]
+    if settings.eight_bit:
+        contenders += peers.eight_bit_adamw(params)
+        contenders += peers.eight_bit_peers(params) if settings.peers else []
+    return _take_turns(contenders, settings.rounds, device)
 
 
 def _take_turns(contenders: Sequence[peers.Contender], rounds: int, device: torch.device) -> list[Timing]:
