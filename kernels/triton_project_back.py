@@ -1,0 +1,228 @@
+"""Moving weights by Triton: one GEMM whose accumulator starts with the residual and whose epilogue moves the weight.
+
+A program takes a tile of the weight. Its gradient is read before the product and its weight after it, each once, and
+one accumulator lives at a time: the residual is made in it, of `E F^T` where it needs that, and `L R^T` is added.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import Move, Scaled, Signed
+from .rounding import Target
+from .triton_common import mode_of, number, pack, raw, read_weight, write_weight
+
+NONE, SCALED, SIGN, REMAINDER = (tl.constexpr(kind) for kind in range(4))
+"""Residuals: none, `s o G`, `c sign(G)`, `c sign(G - E F^T)`."""
+
+SMALL = 1 << 21
+"""Entries of a weight that larger tiles would not spread over a GPU."""
+
+WIDEST = (1 << 31) // 128
+"""Stride at which offsets inside a tile need more than 32 bits."""
+
+
+class Tile(NamedTuple):
+    """Rows and columns of a program's piece of the weight, depth of its step through a product, and launch options."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def tile(entries: int, gemm: torch.dtype | None, kind: int = 0) -> Tile:
+    """How a weight is cut, by its size, the dtype of its products (None without any) and the kind of its residual."""
+    if gemm is None:
+        return Tile(32, 128, 16, 4, 1)
+    depth = 32 if gemm == torch.float32 else 64
+    if entries <= SMALL:
+        return Tile(64, 64, depth, 4, 3)
+    return Tile(128, 128, depth, 8, 3)
+
+
+@triton.jit
+def _product(
+    total, left, right, row, col, rank, left_row, left_inner, right_row, right_inner, row_mask, col_mask,
+    DEPTH: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`total + L R^T` of a tile."""
+    inner = tl.arange(0, DEPTH)
+    a = left + row * left_row + inner[None, :] * left_inner
+    b = right + col * right_row + inner[:, None] * right_inner
+    for start in range(0, rank, DEPTH):
+        if EVEN:
+            x = tl.load(a, mask=row_mask, other=0.0)
+            y = tl.load(b, mask=col_mask, other=0.0)
+        else:
+            left_over = inner < rank - start
+            x = tl.load(a, mask=row_mask & left_over[None, :], other=0.0)
+            y = tl.load(b, mask=col_mask & left_over[:, None], other=0.0)
+        if WIDEN:  # exact; the interpreter cannot multiply bf16
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        total = tl.dot(x, y, total, input_precision=PRECISION)
+        a += DEPTH * left_inner
+        b += DEPTH * right_inner
+    return total
+
+
+@triton.jit
+def _residual(total, grad, bound, sound, scale, mask, KIND: tl.constexpr):
+    """The residual of a tile; `total` is `E F^T`, `bound` the factors of G or the floor of the difference."""
+    g = tl.load(grad, mask=mask, other=0.0).to(tl.float32)
+    if KIND == SCALED:
+        found = tl.where(bound == 0, 0.0, g * bound)
+    else:
+        rest = tl.where(tl.load(sound) != 0, g, 0.0) - total
+        found = tl.where(rest > bound, scale, tl.where(rest < -bound, -scale, 0.0))
+    return found
+
+
+@triton.jit(do_not_specialize_on_alignment=["sound", "scalars"])
+def move_weight(
+    weight, correction, grad, bound, sound, left, right, other_left, other_right, scalars,
+    m, n, rank, other_rank, weight_row, weight_col, correction_row, correction_col, grad_row, grad_col, bound_step,
+    left_row, left_inner, right_row, right_inner, other_left_row, other_left_inner, other_right_row, other_right_inner,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, PRODUCT: tl.constexpr,
+    KIND: tl.constexpr, BY_COL: tl.constexpr, FLIPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """`W <- decay W + alpha (L R^T + residual)` of a tile.
+
+    Numbers: decay, alpha, scale of signs; words: seed, first row and first column of the weight.
+    """
+    top, start = _place(tl.program_id(0), m, n, ROWS, COLS)
+    row, col = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    row_mask, col_mask = row < m - top, col < n - start
+    mask = row_mask & col_mask
+    far_row, far_col = top.to(tl.int64), start.to(tl.int64)  # offsets of tiles may need more than 32 bits
+    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    if KIND == REMAINDER:
+        total = _product(
+            total, other_left + far_row * other_left_row, other_right + far_col * other_right_row, row, col,
+            other_rank, other_left_row, other_left_inner, other_right_row, other_right_inner, row_mask, col_mask,
+            DEPTH, EVEN, WIDEN, PRECISION,
+        )  # fmt: skip
+    if KIND != NONE:
+        limit = 0.0
+        if KIND != SIGN:
+            if BY_COL:
+                limit = tl.load(bound + (far_col + col) * bound_step, mask=col_mask, other=0.0).to(tl.float32)
+            else:
+                limit = tl.load(bound + (far_row + row) * bound_step, mask=row_mask, other=0.0).to(tl.float32)
+        at = grad + far_row * grad_row + far_col * grad_col + row * grad_row + col * grad_col
+        total = _residual(total, at, limit, sound, number(scalars, 2), mask, KIND)
+    if PRODUCT:
+        total = _product(
+            total, left + far_row * left_row, right + far_col * right_row, row, col,
+            rank, left_row, left_inner, right_row, right_inner, row_mask, col_mask,
+            DEPTH, EVEN, WIDEN, PRECISION,
+        )  # fmt: skip
+    weight += far_row * weight_row + far_col * weight_col
+    correction += far_row * correction_row + far_col * correction_col
+    at, beside = row * weight_row + col * weight_col, row * correction_row + col * correction_col
+    value = read_weight(weight, correction, at, beside, mask, MODE)
+    value = value * number(scalars, 0) + total * number(scalars, 1)
+    line, cell, seed = row + top, col + start, tl.load(scalars + 3)
+    if FLIPPED:
+        line, cell = cell, line
+    line += tl.load(scalars + 4)
+    cell += tl.load(scalars + 5)
+    write_weight(weight, correction, at, beside, value, line, cell, seed, mask, MODE)
+
+
+@triton.jit
+def _place(program, m, n, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """First row and column of a program's tile: columns of 8 tiles, so that operands are in the cache when reused."""
+    tall, wide = tl.cdiv(m, ROWS), tl.cdiv(n, COLS)
+    first = program // (8 * wide) * 8
+    height = tl.minimum(tall - first, 8)
+    within = program % (8 * wide)
+    return (first + within % height) * ROWS, within // height * COLS
+
+
+def project_back_(target: Target, left: Tensor | None, right: Tensor | None, move: Move) -> None:
+    """Compute `lowmem.kernels.reference.project_back_` in one launch: the weight, its correction and G are read once.
+
+    Products are accumulated and added to the residual in fp32.
+
+    Raises:
+        ValueError: Something is in fp64, or the target is a selection or too large for 32-bit offsets.
+    """
+    rest = move.residual
+    _check(target, left, right, move)
+    if target.weight.numel() == 0:
+        return
+    weight, correction = target.weight, target.correction if target.correction is not None else target.weight
+    flipped = weight.stride(0) == 1 and weight.stride(1) != 1
+    factors = [None if x is None or x.shape[1] == 0 else x.to(move.gemm) for x in (left, right)]
+    signed = rest if isinstance(rest, Signed) and rest.floor is not None else None
+    others = [None if x is None else x.to(move.gemm) for x in ((signed.left, signed.right) if signed else (None, None))]
+    grad = weight if rest is None else rest.grad
+    bound = rest.factors if isinstance(rest, Scaled) else signed.floor if signed else None
+    if flipped:
+        weight, correction, grad = weight.T, correction.T, grad.T
+        bound = None if bound is None else bound.T
+        factors.reverse()
+        others.reverse()
+    _launch(target, move, (weight, correction, grad), bound, factors, others, flipped)
+
+
+def _launch(
+    target: Target,
+    move: Move,
+    matrices: tuple[Tensor, Tensor, Tensor],
+    bound: Tensor | None,
+    factors: list[Tensor | None],
+    others: list[Tensor | None],
+    flipped: bool,
+) -> None:
+    weight, correction, grad = matrices
+    (m, n), rest, device = weight.shape, move.residual, weight.device
+    kind, signed = _kind(rest), rest if isinstance(rest, Signed) else None
+    left, right = (weight if x is None else x for x in factors)
+    other_left, other_right = (weight if x is None else x for x in others)
+    product, remainder = factors[0] is not None and factors[1] is not None, kind == REMAINDER.value
+    ranks = left.shape[1] if product else 0, other_left.shape[1] if remainder else 0
+    how = tile(m * n, move.gemm if product or remainder else None, kind)
+    scalars = pack(
+        device, [move.decay, move.alpha, signed.scale if signed else 0.0], [target.seed, target.row, target.col]
+    )
+    bound = scalars if bound is None else bound
+    by_col = bound.ndim == 2 and bound.shape[0] == 1 and bound.shape[1] > 1
+    step = 0 if bound.numel() == 1 else bound.stride(1 if by_col else 0)
+    tall = torch.get_float32_matmul_precision() == "highest"
+    move_weight[(triton.cdiv(m, how.rows) * triton.cdiv(n, how.cols),)](
+        raw(weight), raw(correction), grad, bound, signed.sound.view(torch.uint8) if signed else scalars,
+        left, right, other_left, other_right, scalars,
+        m, n, *ranks, *weight.stride(), *correction.stride(), *grad.stride(), step,
+        *left.stride(), *right.stride(), *other_left.stride(), *other_right.stride(),
+        ROWS=how.rows, COLS=how.cols, DEPTH=how.depth, EVEN=all(rank % how.depth == 0 for rank in ranks),
+        PRODUCT=product, KIND=kind, BY_COL=by_col, FLIPPED=flipped, WIDEN=not weight.is_cuda,
+        PRECISION="ieee" if tall else "tf32", MODE=mode_of(target),
+        num_warps=how.warps, num_stages=how.stages,
+    )  # fmt: skip
+
+
+def _kind(rest: Scaled | Signed | None) -> int:
+    if rest is None:
+        return int(NONE.value)
+    if isinstance(rest, Scaled):
+        return int(SCALED.value)
+    whole = rest.left is None or rest.right is None or rest.floor is None
+    return int((SIGN if whole else REMAINDER).value)
+
+
+def _check(target: Target, left: Tensor | None, right: Tensor | None, move: Move) -> None:
+    rest = move.residual
+    tensors = [target.weight, left, right, *(rest or ())]
+    if move.gemm == torch.float64 or any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tensors):
+        raise ValueError("got fp64: Triton kernels compute in fp32, pass backend='torch'")
+    if target.cells is not None or max(target.weight.stride(), default=0) >= WIDEST:
+        raise ValueError(f"got a selection, or {tuple(target.weight.shape)} too large, pass backend='torch'")
