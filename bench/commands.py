@@ -125,12 +125,38 @@ def step_time(
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.", show_default="not written")] = None,
 ) -> None:
     """Time optimizer steps side by side: floor, ours, torch's AdamW, the neighbours."""
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype}: it must be {' or '.join(DTYPES)}")
+    _check_dtype(dtype)
     from .step_time import Settings
     from .step_time import step_time as run
 
     run(Settings(model, rank, dtype, rounds, gap, peers, methods, eight_bit), out)
+
+
+@app.command(
+    "plan",
+    context_settings=OPEN_ENDED,
+    epilog="Every option of the optimizer is a flag too, such as --rank 1024 --state-dtype 8bit.",
+)
+def plan_memory(
+    context: typer.Context,
+    *,
+    model: Annotated[str, typer.Option(help="A model name or a config JSON.")] = "7b",
+    optimizer: Annotated[str, typer.Option(help="One of those that `lowmem optimizers` lists.")] = "galore",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16: the type of weights and gradients.")] = "bf16",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.", show_default="not written")] = None,
+) -> None:
+    """Tell what training takes in memory, beside AdamW, without allocating it."""
+    _check_dtype(dtype)
+    from .optimizers import run_options
+    from .options import flags_to_texts, parse_options
+
+    options = run_options(optimizer)
+    texts = flags_to_texts(context.args, [option.name for option in options.values() if bool in option.kinds])
+    _refuse_unknown(context, optimizer, texts, options)
+    from .plan import Settings
+    from .plan import plan_memory as run
+
+    run(Settings(model, optimizer, parse_options(optimizer, options, texts), dtype), out)
 
 
 @app.command()
@@ -148,6 +174,11 @@ def optimizers(
         typer.echo(f"{option.flag:<24} {kinds:<24} default {option.default}")
 
 
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype}: it must be {' or '.join(DTYPES)}")
+
+
 def _refuse_unknown(context: typer.Context, optimizer: str, texts: dict[str, str], options: dict[str, Any]) -> None:
     fixed = [parameter.name or "" for parameter in context.command.params]
     for name in texts:
@@ -156,6 +187,5 @@ def _refuse_unknown(context: typer.Context, optimizer: str, texts: dict[str, str
             flag = "--" + name.replace("_", "-")
             valid = " ".join(option.flag for option in options.values())
             near = did_you_mean(flag, flags)
-            raise UserError(
-                f"unknown flag {flag}.{near} Flags of {optimizer}: {valid}; the others: lowmem pretrain --help"
-            )
+            others = f"lowmem {context.info_name} --help"
+            raise UserError(f"unknown flag {flag}.{near} Flags of {optimizer}: {valid}; the others: {others}")
