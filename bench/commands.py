@@ -159,6 +159,26 @@ def plan_memory(
     run(Settings(model, optimizer, parse_options(optimizer, options, texts), dtype), out)
 
 
+@app.command("gpu-check")
+def gpu_check(
+    *,
+    interpret: Annotated[
+        bool, typer.Option("--interpret", help="Run every part in Triton's interpreter on tiny shapes; no GPU needed.")
+    ] = False,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Time for all; what no longer fits is left out.")] = 10.0,
+    only: Annotated[str, typer.Option(help="Parts, such as kernels,steps: kernels, times, steps, train.")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file.", show_default="bench/results/gpu_check_DEVICE.json")
+    ] = None,
+) -> None:
+    """Check and time all kernels and optimizers on a GPU, and train a 7B model in 24 GB."""
+    from .gpu_check import Settings
+    from .gpu_check import gpu_check as run
+
+    if not run(Settings(interpret, minutes, only), out):
+        raise typer.Exit(1)
+
+
 @app.command()
 def optimizers(
     name: Annotated[str, typer.Argument(help="An optimizer; without it all names are listed.")] = "",

@@ -78,7 +78,10 @@ def state_bytes(optimizer: Optimizer) -> int:
     sizes: dict[tuple[str, int], int] = {}
 
     def visit(value: Any) -> None:
-        if hasattr(value, "untyped_storage"):
+        if hasattr(value, "__tensor_flatten__"):  # torchao keeps codes and scales in a tensor subclass
+            for name in value.__tensor_flatten__()[0]:
+                visit(getattr(value, name))
+        elif hasattr(value, "untyped_storage"):
             storage = value.untyped_storage()
             sizes[str(value.device), storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, Mapping):

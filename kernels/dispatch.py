@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import bnb, moments, project_back, random, reference
@@ -44,12 +45,13 @@ def _on_cpu(tensor: Tensor) -> bool:
 
 
 def _compiles(tensor: Tensor) -> bool:
-    return tensor.is_cuda and has_triton()
+    return tensor.is_cuda and tensor.dtype != torch.float64 and has_triton()
 
 
 def _interprets(tensor: Tensor) -> bool:
     """Triton's interpreter runs on a CPU: slow, and never chosen by itself."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and not tensor.is_cuda and has_triton()
+    fits = not tensor.is_cuda and tensor.dtype != torch.float64
+    return fits and os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
@@ -91,7 +93,11 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     ),
     "lion_companded": _coded(moments.lion_blockwise),
     "lion_dynamic": _coded(moments.lion_blockwise),
-    "project_back": (Implementation("torch", _anywhere, project_back.project_back_),),
+    "project_back": (
+        Implementation("triton", _compiles, _later("triton_project_back", "project_back_")),
+        Implementation("torch", _anywhere, project_back.project_back_),
+        Implementation("triton", _interprets, _later("triton_project_back", "project_back_")),
+    ),
     "basis": (
         Implementation("triton", _compiles, _later("triton_random", "basis")),
         Implementation("torch", _anywhere, random.basis),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lowmem.kernels import moments, pick, reference
 from lowmem.kernels.blockwise import DYNAMIC, FORMATS, Blocks, Format, borders, dynamic_map
 from lowmem.kernels.rounding import CORRECTIONS, ROUNDINGS, Target
-from lowmem.optim import AdamW8bit, GaLore
+from lowmem.optim import AdamW8bit, Fira, Frugal, GaLore
 from torch import nn
 
 from tests.helpers import feed, randn
@@ -134,8 +134,17 @@ def test_empty_matrices_and_what_has_no_kernel() -> None:
         triton_moments.lion_blockwise([torch.zeros(2, 40, dtype=torch.float64)], [first], [torch.zeros(2, 40)], how)
 
 
-@pytest.mark.parametrize("build", [AdamW8bit, lambda p, **o: GaLore(p, rank=40, update_proj_gap=2, **o)])
-@pytest.mark.parametrize("state_dtype", FORMATS)
+BUILDS: dict[str, Any] = {
+    "adamw": AdamW8bit,
+    "galore": lambda p, **o: GaLore(p, rank=40, update_proj_gap=2, **o),
+    "fira": lambda p, **o: Fira(p, rank=40, update_proj_gap=2, **o),
+    "frugal": lambda p, **o: Frugal(p, rank=40, projector="svd", update_proj_gap=2, **o),
+    "columns": lambda p, **o: Frugal(p, density=0.5, update_proj_gap=2, **o),
+}
+
+
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+@pytest.mark.parametrize("state_dtype", [*FORMATS, "float32"])
 def test_optimizers_follow_the_same_path_with_either(build: Any, state_dtype: str) -> None:
     finals = []
     for backend in ("torch", "triton"):
