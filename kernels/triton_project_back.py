@@ -6,6 +6,7 @@ one accumulator lives at a time: the residual is made in it, of `E F^T` where it
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ NONE, SCALED, SIGN, REMAINDER = (tl.constexpr(kind) for kind in range(4))
 """Residuals: none, `s o G`, `c sign(G)`, `c sign(G - E F^T)`."""
 
 SMALL = 1 << 21
-"""Entries of a weight that larger tiles would not spread over a GPU."""
+"""Entries of a weight that large tiles would not spread over a GPU: 128 tiles."""
 
 WIDEST = (1 << 31) // 128
 """Stride at which offsets inside a tile need more than 32 bits."""
@@ -37,14 +38,21 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(entries: int, gemm: torch.dtype | None, kind: int = 0) -> Tile:
-    """How a weight is cut, by its size, the dtype of its products (None without any) and the kind of its residual."""
+def tile(entries: int, gemm: torch.dtype | None, precision: str = "ieee", remainder: bool = False) -> Tile:
+    """How a weight is cut, so that no register is spilled on the GPUs of the tests.
+
+    Args:
+        entries: Of the weight.
+        gemm: Dtype of the operands of products, None where there are none.
+        precision: Of products of fp32, "ieee" or "tf32".
+        remainder: Whether the residual has a product of its own.
+    """
     if gemm is None:
         return Tile(32, 128, 16, 4, 1)
     depth = 32 if gemm == torch.float32 else 64
-    if entries <= SMALL:
+    if entries <= SMALL or (gemm == torch.float32 and precision == "ieee"):
         return Tile(64, 64, depth, 4, 3)
-    return Tile(128, 128, depth, 8, 3)
+    return Tile(128, 64 if remainder else 128, depth, 8, 3)
 
 
 @triton.jit
@@ -129,11 +137,9 @@ def move_weight(
     at, beside = row * weight_row + col * weight_col, row * correction_row + col * correction_col
     value = read_weight(weight, correction, at, beside, mask, MODE)
     value = value * number(scalars, 0) + total * number(scalars, 1)
-    line, cell, seed = row + top, col + start, tl.load(scalars + 3)
+    line, cell, seed = row + top + tl.load(scalars + 4), col + start + tl.load(scalars + 5), tl.load(scalars + 3)
     if FLIPPED:
         line, cell = cell, line
-    line += tl.load(scalars + 4)
-    cell += tl.load(scalars + 5)
     write_weight(weight, correction, at, beside, value, line, cell, seed, mask, MODE)
 
 
@@ -150,64 +156,66 @@ def _place(program, m, n, ROWS: tl.constexpr, COLS: tl.constexpr):
 def project_back_(target: Target, left: Tensor | None, right: Tensor | None, move: Move) -> None:
     """Compute `lowmem.kernels.reference.project_back_` in one launch: the weight, its correction and G are read once.
 
-    Products are accumulated and added to the residual in fp32.
+    Products are accumulated in fp32, on top of the residual, and are not rounded before they are applied. Products of
+    fp32 are in TF32 where `torch.set_float32_matmul_precision` allows it.
 
     Raises:
-        ValueError: Something is in fp64, or the target is a selection or too large for 32-bit offsets.
+        ValueError: Something is in fp64, or the target is a selection or too wide for 32-bit offsets.
     """
-    rest = move.residual
     _check(target, left, right, move)
     if target.weight.numel() == 0:
         return
-    weight, correction = target.weight, target.correction if target.correction is not None else target.weight
-    flipped = weight.stride(0) == 1 and weight.stride(1) != 1
-    factors = [None if x is None or x.shape[1] == 0 else x.to(move.gemm) for x in (left, right)]
-    signed = rest if isinstance(rest, Signed) and rest.floor is not None else None
-    others = [None if x is None else x.to(move.gemm) for x in ((signed.left, signed.right) if signed else (None, None))]
-    grad = weight if rest is None else rest.grad
-    bound = rest.factors if isinstance(rest, Scaled) else signed.floor if signed else None
+    flipped = target.weight.stride(0) == 1 and target.weight.stride(1) != 1
     if flipped:
-        weight, correction, grad = weight.T, correction.T, grad.T
-        bound = None if bound is None else bound.T
-        factors.reverse()
-        others.reverse()
-    _launch(target, move, (weight, correction, grad), bound, factors, others, flipped)
+        target, left, right, move = _transposed(target, left, right, move)
+    _launch(target, _pair(left, right, move.gemm, target.weight), move, flipped)
 
 
-def _launch(
-    target: Target,
-    move: Move,
-    matrices: tuple[Tensor, Tensor, Tensor],
-    bound: Tensor | None,
-    factors: list[Tensor | None],
-    others: list[Tensor | None],
-    flipped: bool,
-) -> None:
-    weight, correction, grad = matrices
-    (m, n), rest, device = weight.shape, move.residual, weight.device
+def _launch(target: Target, product: tuple[Tensor, Tensor, int], move: Move, flipped: bool) -> None:
+    weight, rest = target.weight, move.residual
+    correction = weight if target.correction is None else target.correction
     kind, signed = _kind(rest), rest if isinstance(rest, Signed) else None
-    left, right = (weight if x is None else x for x in factors)
-    other_left, other_right = (weight if x is None else x for x in others)
-    product, remainder = factors[0] is not None and factors[1] is not None, kind == REMAINDER.value
-    ranks = left.shape[1] if product else 0, other_left.shape[1] if remainder else 0
-    how = tile(m * n, move.gemm if product or remainder else None, kind)
-    scalars = pack(
-        device, [move.decay, move.alpha, signed.scale if signed else 0.0], [target.seed, target.row, target.col]
-    )
-    bound = scalars if bound is None else bound
-    by_col = bound.ndim == 2 and bound.shape[0] == 1 and bound.shape[1] > 1
-    step = 0 if bound.numel() == 1 else bound.stride(1 if by_col else 0)
-    tall = torch.get_float32_matmul_precision() == "highest"
+    scale = signed.scale if signed else 0.0
+    scalars = pack(weight.device, [move.decay, move.alpha, scale], [target.seed, target.row, target.col])
+    bound, by_col, step = _bound(rest, scalars)
+    left, right, rank = product
+    other_left, other_right, other_rank = _pair(*_factors(rest), move.gemm, weight)
+    remainder = kind == REMAINDER.value
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    how = tile(weight.numel(), move.gemm if rank or remainder else None, precision, remainder)
+    grad = weight if rest is None else rest.grad
+    (m, n), even = weight.shape, rank % how.depth == 0 and other_rank % how.depth == 0
     move_weight[(triton.cdiv(m, how.rows) * triton.cdiv(n, how.cols),)](
         raw(weight), raw(correction), grad, bound, signed.sound.view(torch.uint8) if signed else scalars,
         left, right, other_left, other_right, scalars,
-        m, n, *ranks, *weight.stride(), *correction.stride(), *grad.stride(), step,
+        m, n, rank, other_rank, *weight.stride(), *correction.stride(), *grad.stride(), step,
         *left.stride(), *right.stride(), *other_left.stride(), *other_right.stride(),
-        ROWS=how.rows, COLS=how.cols, DEPTH=how.depth, EVEN=all(rank % how.depth == 0 for rank in ranks),
-        PRODUCT=product, KIND=kind, BY_COL=by_col, FLIPPED=flipped, WIDEN=not weight.is_cuda,
-        PRECISION="ieee" if tall else "tf32", MODE=mode_of(target),
+        ROWS=how.rows, COLS=how.cols, DEPTH=how.depth, EVEN=even, PRODUCT=rank > 0, KIND=kind, BY_COL=by_col,
+        FLIPPED=flipped, WIDEN=not weight.is_cuda, PRECISION=precision, MODE=mode_of(target),
         num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
+
+
+def _transposed(
+    target: Target, left: Tensor | None, right: Tensor | None, move: Move
+) -> tuple[Target, Tensor | None, Tensor | None, Move]:
+    """The same for the transpose of the weight."""
+    correction, rest = target.correction, move.residual
+    correction = None if correction is None else correction.T
+    target = replace(target, weight=target.weight.T, correction=correction, row=target.col, col=target.row)
+    if isinstance(rest, Scaled):
+        rest = Scaled(rest.grad.T, rest.factors.T)
+    elif rest is not None:
+        floor = None if rest.floor is None else rest.floor.T
+        rest = rest._replace(grad=rest.grad.T, left=rest.right, right=rest.left, floor=floor)
+    return target, right, left, move._replace(residual=rest)
+
+
+def _pair(left: Tensor | None, right: Tensor | None, gemm: torch.dtype, other: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Operands of a product and its rank; zero with something to point at where there is none."""
+    if left is None or right is None or left.shape[1] == 0:
+        return other, other, 0
+    return left.to(gemm), right.to(gemm), left.shape[1]
 
 
 def _kind(rest: Scaled | Signed | None) -> int:
@@ -215,14 +223,28 @@ def _kind(rest: Scaled | Signed | None) -> int:
         return int(NONE.value)
     if isinstance(rest, Scaled):
         return int(SCALED.value)
-    whole = rest.left is None or rest.right is None or rest.floor is None
-    return int((SIGN if whole else REMAINDER).value)
+    return int((SIGN if _factors(rest)[0] is None else REMAINDER).value)
+
+
+def _factors(rest: Scaled | Signed | None) -> tuple[Tensor | None, Tensor | None]:
+    """E and F."""
+    if not isinstance(rest, Signed) or rest.left is None or rest.right is None or rest.floor is None:
+        return None, None
+    return rest.left, rest.right
+
+
+def _bound(rest: Scaled | Signed | None, stand_in: Tensor) -> tuple[Tensor, bool, int]:
+    """Factors or floor, whether they are of columns, and the stride from one to the next."""
+    bound = None if rest is None else rest.factors if isinstance(rest, Scaled) else rest.floor
+    if bound is None:
+        return stand_in, False, 0
+    by_col = bound.shape[1] > 1
+    return bound, by_col, 0 if bound.numel() == 1 else bound.stride(int(by_col))
 
 
 def _check(target: Target, left: Tensor | None, right: Tensor | None, move: Move) -> None:
-    rest = move.residual
-    tensors = [target.weight, left, right, *(rest or ())]
+    tensors = [target.weight, left, right, *(move.residual or ())]
     if move.gemm == torch.float64 or any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tensors):
         raise ValueError("got fp64: Triton kernels compute in fp32, pass backend='torch'")
     if target.cells is not None or max(target.weight.stride(), default=0) >= WIDEST:
-        raise ValueError(f"got a selection, or {tuple(target.weight.shape)} too large, pass backend='torch'")
+        raise ValueError(f"got a selection, or strides {target.weight.stride()} too wide; pass backend='torch'")
