@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import bnb, moments, project_back, random, reference
+from . import bnb, moments, project_back, random, reference, statistics
 
 EVERYWHERE = ("auto", "torch", "triton")
 """Backends that have every operation."""
@@ -74,6 +74,8 @@ def _coded(torch_form: Callable[..., Any], *others: Implementation) -> tuple[Imp
     )
 
 
+_statistics = _later("triton_statistics", "square_means")
+
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
     "adam": (
         Implementation("torch", moments.has_fused_adam, moments.adam),
@@ -97,6 +99,11 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("triton", _compiles, _later("triton_project_back", "project_back_")),
         Implementation("torch", _anywhere, project_back.project_back_),
         Implementation("triton", _interprets, _later("triton_project_back", "project_back_")),
+    ),
+    "square_means": (
+        Implementation("triton", lambda tensor: _compiles(tensor) and tensor.ndim == 2, _statistics),
+        Implementation("torch", _anywhere, statistics.square_means),
+        Implementation("triton", lambda tensor: _interprets(tensor) and tensor.ndim == 2, _statistics),
     ),
     "basis": (
         Implementation("triton", _compiles, _later("triton_random", "basis")),

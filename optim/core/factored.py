@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ...kernels import pick
+
 
 def beta2(t: int, decay: float) -> float:
     """`1 - t^decay`, 0 at t = 1, so that no bias correction is needed."""
@@ -20,9 +22,9 @@ def beta2(t: int, decay: float) -> float:
 
 def accumulate(grad: Tensor, row: Tensor, col: Tensor, weight: float, floor: float) -> None:
     """`R <- lerp(R, mean_cols(G^2) + floor, weight)` and likewise C with rows, without a G^2 temporary."""
-    m, n = max(grad.shape[-2], 1), max(grad.shape[-1], 1)
-    row.lerp_(torch.linalg.vector_norm(grad, dim=-1).square_().div_(n).add_(floor), weight)
-    col.lerp_(torch.linalg.vector_norm(grad, dim=-2).square_().div_(m).add_(floor), weight)
+    rows, cols = pick("square_means", grad)(grad)
+    row.lerp_(rows.add_(floor), weight)
+    col.lerp_(cols.add_(floor), weight)
 
 
 def precondition(grad: Tensor, row: Tensor, col: Tensor) -> Tensor:
