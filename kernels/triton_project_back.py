@@ -21,11 +21,9 @@ from .triton_common import mode_of, number, pack, raw, read_weight, write_weight
 NONE, SCALED, SIGN, REMAINDER = (tl.constexpr(kind) for kind in range(4))
 """Residuals: none, `s o G`, `c sign(G)`, `c sign(G - E F^T)`."""
 
-SMALL = 1 << 21
-"""Entries of a weight that large tiles would not spread over a GPU: 128 tiles."""
-
-WIDEST = (1 << 31) // 128
-"""Stride at which offsets inside a tile need more than 32 bits."""
+SMALL, DEEPEST, WIDEST = 1 << 21, 64, (1 << 31) // 128
+"""Entries of a weight that large tiles would not spread over a GPU; what the rank of operands is filled up to a
+multiple of; stride at which offsets inside a tile need more than 32 bits."""
 
 
 class Tile(NamedTuple):
@@ -38,11 +36,11 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(entries: int, gemm: torch.dtype | None, precision: str = "ieee", remainder: bool = False) -> Tile:
+def tile(large: bool, gemm: torch.dtype | None, precision: str = "ieee", remainder: bool = False) -> Tile:
     """How a weight is cut, so that no register is spilled on the GPUs of the tests.
 
     Args:
-        entries: Of the weight.
+        large: Whether the weight has more than `SMALL` entries, in aligned rows: others need registers for addresses.
         gemm: Dtype of the operands of products, None where there are none.
         precision: Of products of fp32, "ieee" or "tf32".
         remainder: Whether the residual has a product of its own.
@@ -50,33 +48,28 @@ def tile(entries: int, gemm: torch.dtype | None, precision: str = "ieee", remain
     if gemm is None:
         return Tile(32, 128, 16, 4, 1)
     depth = 32 if gemm == torch.float32 else 64
-    if entries <= SMALL or (gemm == torch.float32 and precision == "ieee"):
+    if not large or (gemm == torch.float32 and precision == "ieee"):
         return Tile(64, 64, depth, 4, 3)
     return Tile(128, 64 if remainder else 128, depth, 8, 3)
 
 
 @triton.jit
 def _product(
-    total, left, right, row, col, rank, left_row, left_inner, right_row, right_inner, row_mask, col_mask,
-    DEPTH: tl.constexpr, EVEN: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    total, left, right, row, col, rank, left_row, right_row, row_mask, col_mask,
+    DEPTH: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`total + L R^T` of a tile."""
+    """`total + L R^T` of a tile, of adjacent entries of rows; the rank is a multiple of the depth."""
     inner = tl.arange(0, DEPTH)
-    a = left + row * left_row + inner[None, :] * left_inner
-    b = right + col * right_row + inner[:, None] * right_inner
-    for start in range(0, rank, DEPTH):
-        if EVEN:
-            x = tl.load(a, mask=row_mask, other=0.0)
-            y = tl.load(b, mask=col_mask, other=0.0)
-        else:
-            left_over = inner < rank - start
-            x = tl.load(a, mask=row_mask & left_over[None, :], other=0.0)
-            y = tl.load(b, mask=col_mask & left_over[:, None], other=0.0)
+    a = left + row * left_row + inner[None, :]
+    b = right + col * right_row + inner[:, None]
+    for _ in range(0, rank, DEPTH):
+        x = tl.load(a, mask=row_mask, other=0.0)
+        y = tl.load(b, mask=col_mask, other=0.0)
         if WIDEN:  # exact; the interpreter cannot multiply bf16
             x, y = x.to(tl.float32), y.to(tl.float32)
         total = tl.dot(x, y, total, input_precision=PRECISION)
-        a += DEPTH * left_inner
-        b += DEPTH * right_inner
+        a += DEPTH
+        b += DEPTH
     return total
 
 
@@ -96,10 +89,9 @@ def _residual(total, grad, bound, sound, scale, mask, KIND: tl.constexpr):
 def move_weight(
     weight, correction, grad, bound, sound, left, right, other_left, other_right, scalars,
     m, n, rank, other_rank, weight_row, weight_col, correction_row, correction_col, grad_row, grad_col, bound_step,
-    left_row, left_inner, right_row, right_inner, other_left_row, other_left_inner, other_right_row, other_right_inner,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, PRODUCT: tl.constexpr,
-    KIND: tl.constexpr, BY_COL: tl.constexpr, FLIPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-    MODE: tl.constexpr,
+    left_row, right_row, other_left_row, other_right_row,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, PRODUCT: tl.constexpr, KIND: tl.constexpr,
+    BY_COL: tl.constexpr, FLIPPED: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """`W <- decay W + alpha (L R^T + residual)` of a tile.
 
@@ -114,8 +106,7 @@ def move_weight(
     if KIND == REMAINDER:
         total = _product(
             total, other_left + far_row * other_left_row, other_right + far_col * other_right_row, row, col,
-            other_rank, other_left_row, other_left_inner, other_right_row, other_right_inner, row_mask, col_mask,
-            DEPTH, EVEN, WIDEN, PRECISION,
+            other_rank, other_left_row, other_right_row, row_mask, col_mask, DEPTH, WIDEN, PRECISION,
         )  # fmt: skip
     if KIND != NONE:
         limit = 0.0
@@ -129,8 +120,7 @@ def move_weight(
     if PRODUCT:
         total = _product(
             total, left + far_row * left_row, right + far_col * right_row, row, col,
-            rank, left_row, left_inner, right_row, right_inner, row_mask, col_mask,
-            DEPTH, EVEN, WIDEN, PRECISION,
+            rank, left_row, right_row, row_mask, col_mask, DEPTH, WIDEN, PRECISION,
         )  # fmt: skip
     weight += far_row * weight_row + far_col * weight_col
     correction += far_row * correction_row + far_col * correction_col
@@ -174,25 +164,25 @@ def project_back_(target: Target, left: Tensor | None, right: Tensor | None, mov
 def _launch(target: Target, product: tuple[Tensor, Tensor, int], move: Move, flipped: bool) -> None:
     weight, rest = target.weight, move.residual
     correction = weight if target.correction is None else target.correction
-    kind, signed = _kind(rest), rest if isinstance(rest, Signed) else None
-    scale = signed.scale if signed else 0.0
+    scale, sound = (rest.scale, rest.sound.view(torch.uint8)) if isinstance(rest, Signed) else (0.0, None)
     scalars = pack(weight.device, [move.decay, move.alpha, scale], [target.seed, target.row, target.col])
-    bound, by_col, step = _bound(rest, scalars)
+    kind, bound, other_left, other_right = _parts(rest)
+    bound = scalars[:1, None] if bound is None else bound
+    by_col = bound.shape[1] > 1
     left, right, rank = product
-    other_left, other_right, other_rank = _pair(*_factors(rest), move.gemm, weight)
-    remainder = kind == REMAINDER.value
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    how = tile(weight.numel(), move.gemm if rank or remainder else None, precision, remainder)
-    grad = weight if rest is None else rest.grad
-    (m, n), even = weight.shape, rank % how.depth == 0 and other_rank % how.depth == 0
+    other_left, other_right, other_rank = _pair(other_left, other_right, move.gemm, weight)
+    precision = "tf32" if move.gemm == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    (m, n), grad = weight.shape, weight if rest is None else rest.grad
+    large = m * n > SMALL and all(_aligned(x) for x in (weight, correction, grad))
+    how = tile(large, move.gemm if rank + other_rank else None, precision, other_rank > 0)
     move_weight[(triton.cdiv(m, how.rows) * triton.cdiv(n, how.cols),)](
-        raw(weight), raw(correction), grad, bound, signed.sound.view(torch.uint8) if signed else scalars,
-        left, right, other_left, other_right, scalars,
-        m, n, rank, other_rank, *weight.stride(), *correction.stride(), *grad.stride(), step,
-        *left.stride(), *right.stride(), *other_left.stride(), *other_right.stride(),
-        ROWS=how.rows, COLS=how.cols, DEPTH=how.depth, EVEN=even, PRODUCT=rank > 0, KIND=kind, BY_COL=by_col,
-        FLIPPED=flipped, WIDEN=not weight.is_cuda, PRECISION=precision, MODE=mode_of(target),
-        num_warps=how.warps, num_stages=how.stages,
+        raw(weight), raw(correction), grad, bound, scalars if sound is None else sound,
+        left, right, other_left, other_right, scalars, m, n, rank, other_rank,
+        *weight.stride(), *correction.stride(), *grad.stride(), 0 if bound.numel() == 1 else bound.stride(int(by_col)),
+        left.stride(0), right.stride(0), other_left.stride(0), other_right.stride(0),
+        ROWS=how.rows, COLS=how.cols, DEPTH=how.depth, PRODUCT=rank > 0, KIND=kind, BY_COL=by_col, FLIPPED=flipped,
+        WIDEN=not weight.is_cuda, PRECISION=precision, MODE=mode_of(target),
+        num_warps=how.warps, num_stages=how.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -215,31 +205,36 @@ def _pair(left: Tensor | None, right: Tensor | None, gemm: torch.dtype, other: T
     """Operands of a product and its rank; zero with something to point at where there is none."""
     if left is None or right is None or left.shape[1] == 0:
         return other, other, 0
-    return left.to(gemm), right.to(gemm), left.shape[1]
+    left, right = _operand(left, gemm), _operand(right, gemm)
+    return left, right, left.shape[1]
 
 
-def _kind(rest: Scaled | Signed | None) -> int:
+def _operand(factor: Tensor, gemm: torch.dtype) -> Tensor:
+    """A factor in rows of adjacent entries, aligned and filled up with zeros to a multiple of every depth."""
+    rows, rank = factor.shape
+    if rank % DEEPEST == 0:
+        factor = factor.to(gemm)
+        if factor.stride(1) == 1 and _aligned(factor):
+            return factor
+    filled = factor.new_zeros(rows, triton.cdiv(rank, DEEPEST) * DEEPEST, dtype=gemm)
+    filled[:, :rank] = factor
+    return filled
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """Whether it has a dimension of adjacent entries, and 16 bytes are read at a time."""
+    return min(matrix.stride()) == 1 and max(matrix.stride()) % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def _parts(rest: Scaled | Signed | None) -> tuple[int, Tensor | None, Tensor | None, Tensor | None]:
+    """Kind of a residual, its factors or floor, E and F."""
     if rest is None:
-        return int(NONE.value)
+        return NONE.value, None, None, None
     if isinstance(rest, Scaled):
-        return int(SCALED.value)
-    return int((SIGN if _factors(rest)[0] is None else REMAINDER).value)
-
-
-def _factors(rest: Scaled | Signed | None) -> tuple[Tensor | None, Tensor | None]:
-    """E and F."""
-    if not isinstance(rest, Signed) or rest.left is None or rest.right is None or rest.floor is None:
-        return None, None
-    return rest.left, rest.right
-
-
-def _bound(rest: Scaled | Signed | None, stand_in: Tensor) -> tuple[Tensor, bool, int]:
-    """Factors or floor, whether they are of columns, and the stride from one to the next."""
-    bound = None if rest is None else rest.factors if isinstance(rest, Scaled) else rest.floor
-    if bound is None:
-        return stand_in, False, 0
-    by_col = bound.shape[1] > 1
-    return bound, by_col, 0 if bound.numel() == 1 else bound.stride(int(by_col))
+        return SCALED.value, rest.factors, None, None
+    if rest.left is None or rest.right is None or rest.floor is None:
+        return SIGN.value, None, None, None
+    return REMAINDER.value, rest.floor, rest.left, rest.right
 
 
 def _check(target: Target, left: Tensor | None, right: Tensor | None, move: Move) -> None:
