@@ -28,7 +28,7 @@ statistics = pytest.importorskip("lowmem.kernels.triton_statistics")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = back.Tile(16, 16, 16, 4, 2)
 RESIDUALS = ("none", "rows", "columns", "all", "sign", "remainder of rows", "remainder of columns")
-few = settings(max_examples=16, deadline=None)
+few = settings(max_examples=30, deadline=None)
 sizes = st.one_of(st.just(1), st.integers(1, 40))
 ORDERS = ("rows", "columns", "neither")
 
@@ -207,3 +207,109 @@ def test_square_means_are_the_specification(m: int, n: int, dtype: torch.dtype, 
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, equal_nan=True)
     again = statistics.square_means(matrix)
     assert all(torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(found, again, strict=True))
+
+
+COMPILE = """
+import json, os, re, subprocess, sys, tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lowmem.kernels import triton_project_back as back, triton_statistics as statistics
+
+EVERY = sys.argv[1] == "every"
+CAPABILITIES = (80, 86, 89, 90)
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+KINDS = {"none": 0, "scaled": 1, "sign": 2, "remainder": 3}
+MODES = {"exact": 0, "nearest": 1, "stochastic": 2, "compensated": 3, "compensated8": 4, "half": 5}
+ROWS, COLS = ({x + end for x in ("weight", "correction", "grad")} for end in ("_row", "_col"))
+tool = next(Path(triton.__file__).parent.rglob("cuobjdump"), None)
+
+
+def compiled(job):
+    name, kernel, types, constants, odd, (warps, stages), capability = job
+    order = kernel.arg_names
+    signature = {x: types.get(x) or ("constexpr" if x in constants else "i32") for x in order}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, x in enumerate(order)
+                  if signature[x] != "constexpr" and x not in odd}
+    binary = triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True},
+    )
+    report = {"bytes": len(binary.asm["cubin"]), "shared": binary.metadata.shared, "capability": capability}
+    if tool:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"]); file.flush()
+            text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+        report |= {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", text)}
+    return f"{name} sm_{capability}", report
+
+
+def move(kind, mode, gemm=torch.bfloat16, precision="ieee", large=True, columns=False):
+    dtype = {"exact": torch.float32, "half": torch.float16}.get(mode, torch.bfloat16)
+    how = back.tile(large, gemm, precision, kind == "remainder")
+    types = {"bound": "*fp32", "sound": "*u8", "scalars": "*i32", "grad": POINTERS[dtype]}
+    types["weight"] = "*i16" if dtype == torch.bfloat16 else POINTERS[dtype]
+    types["correction"] = {"compensated": "*i16", "compensated8": "*i8"}.get(mode, types["weight"])
+    types |= {x: POINTERS[gemm or dtype] for x in ("left", "right", "other_left", "other_right")}
+    constants = {"ROWS": how.rows, "COLS": how.cols, "DEPTH": how.depth, "PRODUCT": gemm is not None,
+                 "KIND": KINDS[kind], "BY_COL": columns, "FLIPPED": columns, "WIDEN": False,
+                 "PRECISION": precision, "MODE": MODES[mode], **dict.fromkeys(COLS, 1)}
+    odd = {"sound", "scalars", "m", "n", "bound_step"} | (set() if large else ROWS)
+    size = "large" if large else "odd"
+    name = f"{kind} {mode} {str(gemm)[6:] or '-'} {precision} {size} {'columns' if columns else 'rows'} {tuple(how)}"
+    return name, back.move_weight, types, constants, odd, (how.warps, how.stages)
+
+
+def statistic(kernel, matrix="*bf16", odd=("m", "n")):
+    types = {"matrix": matrix, **dict.fromkeys(("by_row", "by_col", "parts", "out"), "*fp32"), "divisor": "fp32"}
+    rows, cols = statistics.TILE
+    numbers = {"ROWS": rows, "COLS": cols, "LINES": statistics.LINES, "PARTS": statistics.PARTS, "matrix_col": 1}
+    constants = {x: numbers[x] for x in kernel.arg_names if x in numbers}
+    return f"{kernel.__name__} {matrix}", kernel, types, constants, set(odd), (4, 3)
+
+
+bf16 = ("nearest", "stochastic", "compensated", "compensated8")
+square = [[move(kind, mode, columns=k % 2 == 1) for mode in bf16] for k, kind in enumerate(KINDS)]
+beside = [
+    [move("none", "half", torch.float16), move("scaled", "compensated", None), statistic(statistics.tile_sums)],
+    [move("scaled", "exact", torch.float32, "tf32"), move("sign", "compensated8", None), statistic(statistics.finish)],
+    [move("remainder", "exact", torch.float32, "tf32"), move("remainder", "compensated8", large=False, columns=True)],
+    [move("remainder", "exact", torch.float32), move("none", "exact", None), statistic(statistics.tile_sums, "*fp32")],
+]
+if EVERY:
+    products = [(mode, torch.bfloat16, "ieee") for mode in bf16] + [("half", torch.float16, "ieee")]
+    products += [("exact", torch.float32, p) for p in ("ieee", "tf32")] + [("exact", torch.bfloat16, "ieee")]
+    products += [(mode, None, "ieee") for mode in MODES]
+    jobs = [move(kind, *product, large, columns=not large) for kind in KINDS for product in products
+            for large in (True, False) if not (kind == "remainder" and not product[1])]
+    jobs += [statistic(k, m) for k in (statistics.tile_sums, statistics.finish) for m in ("*fp32", "*bf16", "*fp16")]
+    jobs = [(*job, capability) for capability in CAPABILITIES for job in jobs]
+else:  # every kind in every mode, each on one GPU
+    jobs = [(*job, CAPABILITIES[(k + i) % 4]) for k, row in enumerate(square) for i, job in enumerate(row)]
+    jobs += [(*job, CAPABILITIES[k]) for k, row in enumerate(beside) for job in row]
+with ThreadPoolExecutor(os.cpu_count()) as pool:
+    print(json.dumps(dict(pool.map(compiled, jobs))))
+"""
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
+"""Bytes of shared memory that a program can have."""
+
+
+def test_the_kernels_compile_ahead_of_time_without_spills(tmp_path: Path) -> None:
+    """Set `LOWMEM_COMPILE=every` to compile every variant for every GPU, which takes ten minutes."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    which = os.environ.get("LOWMEM_COMPILE", "some")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, which], env=environment, capture_output=True, text=True, timeout=3000,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert len(found) >= 27
+    for name, report in found.items():
+        assert report["bytes"] > 1000, name
+        assert report["shared"] <= SHARED[report["capability"]], (name, report)
+        assert report.get("STACK", 0) == 0, (name, report)
+        assert report.get("LOCAL", 0) == 0, (name, report)
