@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import typing
 from collections.abc import Callable
 from dataclasses import fields
@@ -172,6 +173,8 @@ def gpu_check(
     ] = None,
 ) -> None:
     """Check and time all kernels and optimizers on a GPU, and train a 7B model in 24 GB."""
+    if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch may do
     from .gpu_check import Settings
     from .gpu_check import gpu_check as run
 
