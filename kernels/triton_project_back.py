@@ -21,9 +21,9 @@ from .triton_common import mode_of, number, pack, raw, read_weight, write_weight
 NONE, SCALED, SIGN, REMAINDER = (tl.constexpr(kind) for kind in range(4))
 """Residuals: none, `s o G`, `c sign(G)`, `c sign(G - E F^T)`."""
 
-SMALL, DEEPEST, WIDEST = 1 << 21, 64, (1 << 31) // 128
+SMALL, DEEPEST, TALLEST = 1 << 21, 64, 128
 """Entries of a weight that large tiles would not spread over a GPU; what the rank of operands is filled up to a
-multiple of; stride at which offsets inside a tile need more than 32 bits."""
+multiple of; rows and columns of the largest tile."""
 
 
 class Tile(NamedTuple):
@@ -238,8 +238,11 @@ def _parts(rest: Scaled | Signed | None) -> tuple[int, Tensor | None, Tensor | N
 
 
 def _check(target: Target, left: Tensor | None, right: Tensor | None, move: Move) -> None:
-    tensors = [target.weight, left, right, *(move.residual or ())]
+    weight, rest = target.weight, move.residual
+    tensors = [weight, left, right, *(rest or ())]
     if move.gemm == torch.float64 or any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tensors):
         raise ValueError("got fp64: Triton kernels compute in fp32, pass backend='torch'")
-    if target.cells is not None or max(target.weight.stride(), default=0) >= WIDEST:
-        raise ValueError(f"got a selection, or strides {target.weight.stride()} too wide; pass backend='torch'")
+    pairs = [pair for x in (weight, rest.grad if rest else weight) for pair in zip(x.shape, x.stride(), strict=True)]
+    spans = [(min(size, TALLEST) - 1) * step for size, step in pairs]  # of offsets inside a tile
+    if target.cells is not None or max(spans) >= 1 << 31:
+        raise ValueError(f"got a selection, or strides {weight.stride()} too wide; pass backend='torch'")
