@@ -14,72 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blockwise import COMPANDED, Blocks, borders, dynamic_map
+from .blockwise import COMPANDED, Blocks
 from .reference import Blockwise
 from .rounding import Target
-from .triton_common import EXACT, mode_of, noise, number, pack, raw, read_weight, write_weight
-
-ON_GPU, ON_CPU = 1024, 1 << 15
-"""Entries of a program: the interpreter's cost is by program, whatever its size."""
-
-TINY = tl.constexpr(1.1754943508222875e-38)
-
-
-@triton.jit
-def _decode(codes, offset, scale, table, mask, SIGNED: tl.constexpr, DYNAMIC: tl.constexpr):
-    code = tl.load(codes + offset, mask=mask, other=0).to(tl.int32)
-    if DYNAMIC:
-        unit = tl.load(table + code)
-    elif SIGNED:
-        root = code.to(tl.float32) * (1 / 127)
-        unit = tl.abs(root) * root
-    else:
-        root = code.to(tl.float32) * (1 / 255)
-        unit = (root * root) * (root * root)
-    return unit * scale
-
-
-@triton.jit
-def _nearest(unit, edges, SIGNED: tl.constexpr):
-    """The code of the nearest value of a dynamic map: its decade and cell, then one step by the exact borders."""
-    a = tl.abs(unit)
-    power = tl.where(a >= 0.1, 6, tl.where(a >= 1e-2, 5, tl.where(a >= 1e-3, 4, tl.where(a >= 1e-4, 3, tl.where(
-        a >= 1e-5, 2, tl.where(a >= 1e-6, 1, 0))))))  # fmt: skip
-    scale = tl.where(a >= 0.1, 1.0, tl.where(a >= 1e-2, 10.0, tl.where(a >= 1e-3, 1e2, tl.where(a >= 1e-4, 1e3,
-        tl.where(a >= 1e-5, 1e4, tl.where(a >= 1e-6, 1e5, 1e6))))))  # fmt: skip
-    if SIGNED:
-        cells = tl.full((), 1, tl.int32) << power
-    else:
-        cells = tl.full((), 2, tl.int32) << power
-    cell = tl.floor((a * scale - 0.1) * cells.to(tl.float32) * (1 / 0.9)).to(tl.int32)
-    cell = tl.minimum(tl.maximum(cell, -1), cells - 1)
-    if SIGNED:
-        place = cells + cell  # 2^j cells lie below decade j, zero among them
-        code = tl.where(unit < 0, 127 - place, 127 + place)
-    else:
-        code = cells - 1 + cell
-    code = tl.minimum(tl.maximum(code, 0), 255)
-    code += (unit > tl.load(edges + code)).to(tl.int32)
-    below = tl.load(edges + tl.maximum(code - 1, 0))
-    return tl.where((code > 0) & (unit <= below), code - 1, code)
-
-
-@triton.jit
-def _encode(value, scale, edges, row, col, seed, SIGNED: tl.constexpr, DYNAMIC: tl.constexpr):
-    unit = value / tl.maximum(scale, TINY)
-    if DYNAMIC:
-        code = _nearest(unit, edges, SIGNED)
-    elif SIGNED:
-        root = tl.floor(tl.sqrt(tl.abs(unit)) * 127.0 + 0.5)
-        code = tl.where(unit < 0, -root, root).to(tl.int32)
-    else:
-        low = tl.floor(tl.sqrt(tl.sqrt(unit)) * 255.0)
-        fourth = (low * low) * (low * low)
-        gap = ((low * low + low) * 2.0 + 1.0) * (low * 2.0 + 1.0)
-        share = (unit * 4228250625.0 - fourth) / gap
-        up = tl.floor(low + share + noise(row, col, seed).to(tl.float32) * (1 / 65536) + 0.5)
-        code = tl.where(unit > 0, tl.minimum(tl.maximum(up, 1.0), 255.0), 0.0).to(tl.int32)
-    return code
+from .triton_blockwise import ON_CPU, ON_GPU, cut, decode, encode, tables
+from .triton_common import EXACT, mode_of, number, pack, raw, read_weight, write_weight
 
 
 @triton.jit
@@ -98,14 +37,15 @@ def coded_moments(
     far = row.to(tl.int64)  # offsets of rows may need more than 32 bits
     inner = tl.arange(0, WIDTH)[None, :]
     col = block * BLOCK + inner
+    wide = col.to(tl.int64)  # and of columns, in a transposed matrix
     mask = (line < rows * blocks)[:, None] & (col < cols) & (inner < BLOCK)
     alive = line < rows * blocks
-    g = tl.load(grad + far * grad_row + col * grad_col, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(grad + far * grad_row + wide * grad_col, mask=mask, other=0.0).to(tl.float32)
     square = g * g
     g = tl.where(square < float("inf"), g, 0.0)  # false for NaN too
     at = far * code_row + col
     m_scale = tl.load(first_scale + line, mask=alive, other=0.0)[:, None]
-    m = _decode(first, at, m_scale, tables, mask, True, DYNAMIC)
+    m = decode(first, at, m_scale, tables, mask, True, DYNAMIC)
     fresh1 = number(scalars, 0)
     if LION:
         mixed = m + (g - m) * fresh1
@@ -114,24 +54,24 @@ def coded_moments(
     else:
         m = m + (g - m) * fresh1
         v_scale = tl.load(second_scale + line, mask=alive, other=0.0)[:, None]
-        v = _decode(second, at, v_scale, tables + 256, mask, False, DYNAMIC)
+        v = decode(second, at, v_scale, tables + 256, mask, False, DYNAMIC)
         v = v * number(scalars, 1) + g * g * number(scalars, 2)
         step = m / number(scalars, 3) / (tl.sqrt(v) / number(scalars, 4) + number(scalars, 5))
         largest = tl.max(tl.where(mask, v, 0.0), axis=1)
         seed = tl.load(scalars + 8)
-        code = _encode(v, largest[:, None], tables + 768, row, col, seed, False, DYNAMIC)
+        code = encode(v, largest[:, None], tables + 768, row, col, seed, False, DYNAMIC)
         tl.store(second_scale + line, largest, mask=alive)
         tl.store(second + at, code.to(tl.uint8), mask=mask)
     largest = tl.max(tl.where(mask, tl.abs(m), 0.0), axis=1)
-    code = _encode(m, largest[:, None], tables + 512, row, col, 0, True, DYNAMIC)
+    code = encode(m, largest[:, None], tables + 512, row, col, 0, True, DYNAMIC)
     tl.store(first_scale + line, largest, mask=alive)
     if DYNAMIC:
         tl.store(first + at, code.to(tl.uint8), mask=mask)
     else:
         tl.store(first + at, code.to(tl.int8), mask=mask)
-    place = far * out_row + col * out_col
+    place = far * out_row + wide * out_col
     if WRITES:
-        beside = far * correction_row + col * correction_col
+        beside = far * correction_row + wide * correction_col
         value = read_weight(out, correction, place, beside, mask, MODE)
         value = value * number(scalars, 7) - step * number(scalars, 6)
         dither, top, left = tl.load(scalars + 9), tl.load(scalars + 10), tl.load(scalars + 11)
@@ -235,26 +175,12 @@ def _launch(
     for codes, scale in (first, pair):
         if codes.stride(1) != 1 or codes.stride(0) != first.codes.stride(0) or not scale.is_contiguous():
             raise ValueError(f"got codes of strides {codes.stride()}: need rows of adjacent entries and scales")
-    block, blocks = how.form.block, how.form.scales(cols)
-    width = triton.next_power_of_2(min(block, cols))
-    lines = max(1, (ON_GPU if grad.is_cuda else ON_CPU) // width)
+    blocks, sizes = how.form.scales(cols), cut(grad, how.form)
     correction = target.correction if target.correction is not None else target.weight
     dynamic = how.form.name == "dynamic"
-    coded_moments[(triton.cdiv(rows * blocks, lines),)](
-        grad, *first, *pair, raw(target.weight), raw(correction), _tables(str(grad.device)), scalars,
+    coded_moments[(triton.cdiv(rows * blocks, sizes["LINES"]),)](
+        grad, *first, *pair, raw(target.weight), raw(correction), tables(str(grad.device)), scalars,
         rows, cols, blocks, *grad.stride(), first.codes.stride(0), *target.weight.stride(), *correction.stride(),
-        BLOCK=block, WIDTH=width, LINES=lines, DYNAMIC=dynamic, LION=second is None, WRITES=writes,
+        **sizes, DYNAMIC=dynamic, LION=second is None, WRITES=writes,
         MODE=mode_of(target) if writes else EXACT,
     )  # fmt: skip
-
-
-def _tables(device: str) -> Tensor:
-    """The dynamic maps, signed and not, and the borders between their codes, (1024,)."""
-    if device not in _CACHE:
-        signed = (True, False)
-        maps, edges = [dynamic_map(s, device) for s in signed], [borders(s, device)[0] for s in signed]
-        _CACHE[device] = torch.cat([*maps, *edges])
-    return _CACHE[device]
-
-
-_CACHE: dict[str, Tensor] = {}

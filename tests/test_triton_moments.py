@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowmem.kernels import moments, pick, reference
-from lowmem.kernels.blockwise import DYNAMIC, FORMATS, Blocks, Format, borders, dynamic_map
+from lowmem.kernels.blockwise import DYNAMIC, FORMATS, Blocks, Format, borders, dequantise, dynamic_map, quantise_
 from lowmem.kernels.rounding import CORRECTIONS, ROUNDINGS, Target
 from lowmem.optim import AdamW8bit, Fira, Frugal, GaLore
 from torch import nn
@@ -23,6 +23,7 @@ from tests.helpers import feed, randn
 from tests.test_blockwise import coded, moment
 
 triton_moments = pytest.importorskip("lowmem.kernels.triton_moments")
+triton_blockwise = pytest.importorskip("lowmem.kernels.triton_blockwise")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 few = settings(max_examples=12, deadline=None)
@@ -125,10 +126,48 @@ def test_the_closed_form_of_a_dynamic_code_is_the_nearest_one(signed: bool) -> N
     assert torch.equal((pair[0] if signed else pair[1]).codes.cpu(), expected)
 
 
+def inside(rows: int, cols: int, dtype: torch.dtype, transposed: bool, fill: float) -> torch.Tensor:
+    """Part of a larger matrix, in either order of memory."""
+    shape = (cols + 3, rows + 2) if transposed else (rows + 2, cols + 3)
+    whole = torch.full(shape, fill, dtype=dtype, device=DEVICE)
+    return (whole.T if transposed else whole)[1:-1, 2:-1]
+
+
+@forms
+@pytest.mark.parametrize("signed", [True, False])
+@few
+@given(
+    rows=st.integers(1, 9), cols=st.integers(1, 600), seed=st.integers(0, 2**32 - 1), transposed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]), small=st.booleans(),
+)  # fmt: skip
+def test_codes_are_those_of_the_specification(
+    form: Format, signed: bool, rows: int, cols: int, seed: int, transposed: bool, dtype: torch.dtype, small: bool
+) -> None:
+    values = inside(rows, cols, dtype, transposed, torch.nan)
+    values.copy_(moment(rows, cols, signed, seed % 99) * 2.0 ** -(seed % 5))
+    values[-1, -1] = [torch.nan, torch.inf, -torch.inf, 0.0][seed % 4]
+    expected = coded(torch.zeros(rows, cols), form, signed)
+    quantise_(expected, values.float().cpu().contiguous(), form, signed=signed, seed=seed, first=(3, 8))
+    codes = inside(rows, cols, form.code_dtype(signed=signed), transposed, 77)
+    found = Blocks(codes, inside(rows, form.scales(cols), torch.float32, transposed, torch.nan))
+    with pytest.MonkeyPatch.context() as patch:
+        if small and DEVICE == "cpu":
+            patch.setattr(triton_blockwise, "ON_CPU", triton_blockwise.ON_GPU)
+        triton_blockwise.quantise_(found, values, form, signed=signed, seed=seed, first=(3, 8))
+        decoded = triton_blockwise.dequantise(found, form, signed=signed)
+    assert_same_codes(Blocks(*(tensor.cpu() for tensor in found)), expected)
+    again = Blocks(found.codes.cpu().contiguous(), found.scale.cpu().contiguous())
+    torch.testing.assert_close(decoded.cpu(), dequantise(again, form, signed=signed), rtol=1e-6, atol=0.0)
+    around = codes._base if codes._base is not None else codes
+    assert (around.float() == 77).sum() >= around.numel() - codes.numel()
+
+
 def test_empty_matrices_and_what_has_no_kernel() -> None:
     form, how = FORMATS["8bit"], reference.Blockwise(FORMATS["8bit"], [0], (0.9, 0.99))
     empty = Blocks(torch.empty(0, 5, dtype=torch.int8), torch.empty(0, form.scales(5)))
     triton_moments.lion_blockwise([torch.empty(0, 5)], [empty], [torch.empty(0, 5)], how)
+    triton_blockwise.quantise_(empty, torch.empty(0, 5), form, signed=True)
+    assert triton_blockwise.dequantise(empty, form, signed=True).shape == (0, 5)
     first, _ = states(2, 40, form, 0)
     with pytest.raises(ValueError, match="got fp64 gradients"):
         triton_moments.lion_blockwise([torch.zeros(2, 40, dtype=torch.float64)], [first], [torch.zeros(2, 40)], how)
@@ -167,6 +206,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from lowmem.kernels import triton_blockwise as b
 from lowmem.kernels import triton_moments as m
 
 tool = next(Path(triton.__file__).parent.rglob("cuobjdump"), None)
@@ -175,6 +215,22 @@ pointers = {"grad": "*bf16", "first": "*i8", "first_scale": "*fp32", "second": "
 numbers = ["rows", "cols", "blocks", "grad_row", "grad_col", "code_row", "out_row", "out_col",
            "correction_row", "correction_col"]
 found = {}
+
+
+def build(name, kernel, types, constants, capability):
+    constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
+    signature = {n: types.get(n) or ("constexpr" if n in constants else "i32") for n in kernel.arg_names}
+    binary = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32))
+    report = {"bytes": len(binary.asm["cubin"])}
+    if tool:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+        report |= {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", text)}
+    found[f"{name}-{capability}"] = report
+
+
 for capability in (80, 86, 89, 90):
     for name, dynamic, lion, writes, mode in (
         ("adam", 0, 0, 0, 0), ("adam-dynamic", 1, 0, 0, 0), ("lion", 0, 1, 0, 0), ("adamw", 0, 0, 1, 1),
@@ -187,17 +243,14 @@ for capability in (80, 86, 89, 90):
         constants = {"BLOCK": width, "WIDTH": width, "LINES": m.ON_GPU // width, "DYNAMIC": bool(dynamic),
                      "LION": bool(lion), "WRITES": bool(writes), "MODE": mode,
                      "grad_col": 1, "out_col": 1, "correction_col": 1}
-        order = m.coded_moments.arg_names
-        signature = {n: types.get(n) or ("constexpr" if n in constants else "i32") for n in order}
-        source = ASTSource(m.coded_moments, signature, constants)
-        binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        report = {"bytes": len(binary.asm["cubin"])}
-        if tool:
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(binary.asm["cubin"]); file.flush()
-                text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
-            report |= {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\\d+)", text)}
-        found[f"{name}-{capability}"] = report
+        build(name, m.coded_moments, types, constants, capability)
+    for dynamic in (0, 1) if capability in (80, 90) else ():
+        width = 256 if dynamic else 128
+        constants = {"BLOCK": width, "WIDTH": width, "LINES": b.ON_GPU // width, "SIGNED": False,
+                     "DYNAMIC": bool(dynamic), "value_col": 1, "code_col": 1, "scale_col": 1}
+        types = dict.fromkeys(("values", "scale", "edges", "table", "out"), "*fp32") | {"codes": "*u8"}
+        build(f"code-{dynamic}", b.code_blocks, types, constants, capability)
+        build(f"decode-{dynamic}", b.decode_blocks, types, constants, capability)
 print(json.dumps(found))
 """
 
@@ -210,7 +263,7 @@ def test_the_kernels_compile_ahead_of_time_without_spills(tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert len(found) == 28
+    assert len(found) == 36
     for name, report in found.items():
         assert report["bytes"] > 1000, name
         assert report.get("STACK", 0) == 0, (name, report)
