@@ -65,6 +65,7 @@ def galore(projected: list[Any], plain: list[Any], **options: Any) -> GaLore:
     return GaLore(groups, state_dtype="8bit", rounding="stochastic", **options)
 
 
+@pytest.mark.slow
 def test_the_formula_the_plan_and_a_step_agree_on_the_7b_model() -> None:
     matrices = without_data(torch.bfloat16, PROJECTED * SEVEN.layers)
     rest = without_data(torch.bfloat16, PLAIN)
@@ -86,6 +87,7 @@ def test_the_formula_the_plan_and_a_step_agree_on_the_7b_model() -> None:
     assert stepped == formula(PROJECTED, PLAIN, RANK, itemsize=2)
 
 
+@pytest.mark.slow
 def test_a_7b_model_fits_a_card_of_24_gb_with_room_for_activations() -> None:
     with torch.device("meta"):
         model = build_model("7b", dtype=torch.bfloat16)
