@@ -131,7 +131,7 @@ def dequantise(blocks: Blocks, form: Format, *, signed: bool) -> Tensor:
         table = tables(str(out.device))[0 if signed else 256 :]
         decode_blocks[_grid(out, form)](
             *blocks, out, table, *_sizes(out, form), *blocks.codes.stride(), *blocks.scale.stride(),
-            SIGNED=signed, DYNAMIC=form.name == "dynamic", **cut(out, form),
+            SIGNED=signed, DYNAMIC=form.name == "dynamic", **cut(out, form), enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -152,7 +152,7 @@ def quantise_(
     code_blocks[_grid(values, form)](
         values, *blocks, edges, *_sizes(values, form), signed_word(seed), *first,
         *values.stride(), *blocks.codes.stride(), *blocks.scale.stride(),
-        SIGNED=signed, DYNAMIC=form.name == "dynamic", **cut(values, form),
+        SIGNED=signed, DYNAMIC=form.name == "dynamic", **cut(values, form), enable_fp_fusion=True,
     )  # fmt: skip
 
 

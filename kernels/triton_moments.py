@@ -118,7 +118,7 @@ def adam(
         block, count = ON_GPU if grad.is_cuda else ON_CPU, grad.numel()
         if count:
             scalars = pack(grad.device, _adam_numbers(t, how))
-            dense_adam[(triton.cdiv(count, block),)](*tensors, scalars, count, BLOCK=block)
+            dense_adam[(triton.cdiv(count, block),)](*tensors, scalars, count, BLOCK=block, enable_fp_fusion=True)
 
 
 def adam_blockwise(
@@ -182,5 +182,5 @@ def _launch(
         grad, *first, *pair, raw(target.weight), raw(correction), tables(str(grad.device)), scalars,
         rows, cols, blocks, *grad.stride(), first.codes.stride(0), *target.weight.stride(), *correction.stride(),
         **sizes, DYNAMIC=dynamic, LION=second is None, WRITES=writes,
-        MODE=mode_of(target) if writes else EXACT,
+        MODE=mode_of(target) if writes else EXACT, enable_fp_fusion=True,
     )  # fmt: skip

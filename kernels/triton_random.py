@@ -66,13 +66,13 @@ def basis(out: Tensor, kind: str, seed: int, first: int, size: int) -> None:
     grid = (triton.cdiv(count, block),)
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
     if kind == "rademacher":
-        rademacher[grid](target, count, rank, first, signed(seed), rank**-0.5, BLOCK=block)
+        rademacher[grid](target, count, rank, first, signed(seed), rank**-0.5, BLOCK=block, enable_fp_fusion=True)
     elif kind == "gaussian":
         table = random.quantiles(str(device))
-        gaussian[grid](target, table, count, rank, first, signed(seed), rank**-0.5, BLOCK=block)
+        gaussian[grid](target, table, count, rank, first, signed(seed), rank**-0.5, BLOCK=block, enable_fp_fusion=True)
     else:
         table, chosen = random.angles(size, rank, str(device)), random.subset(seed, size, rank).to(device)
         flips = signed(random.mix(seed, 1))
-        orthonormal[grid](target, table, chosen, count, rank, first, flips, size, BLOCK=block)
+        orthonormal[grid](target, table, chosen, count, rank, first, flips, size, BLOCK=block, enable_fp_fusion=True)
     if target is not out:
         out.copy_(target)

@@ -94,5 +94,5 @@ def sketch(out: Tensor, matrix: Tensor, seed: int, first: int = 0) -> None:
     sketch_signs[(triton.cdiv(m, how.rows) * triton.cdiv(rank, how.cols),)](
         matrix, out, m, inner, rank, first, signed(seed), rank**-0.5, *matrix.stride(), *out.stride(),
         ROWS=how.rows, COLS=how.cols, DEPTH=how.depth, WIDEN=not matrix.is_cuda, PRECISION=precision,
-        num_warps=how.warps, num_stages=how.stages,
+        num_warps=how.warps, num_stages=how.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -56,12 +56,16 @@ def square_means(matrix: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols = TILE if matrix.is_cuda else TILE_ON_CPU
     down, across = triton.cdiv(m, rows), triton.cdiv(n, cols)
     by_row, by_col = (torch.empty(shape, device=matrix.device) for shape in ((across, m), (down, n)))
-    tile_sums[(down * across,)](matrix, by_row, by_col, m, n, *matrix.stride(), ROWS=rows, COLS=cols)
+    tile_sums[(down * across,)](
+        matrix, by_row, by_col, m, n, *matrix.stride(), ROWS=rows, COLS=cols, enable_fp_fusion=True
+    )
     return _finished(by_row, n), _finished(by_col, m)
 
 
 def _finished(parts: Tensor, divisor: int) -> Tensor:
     count, length = parts.shape
     out = torch.empty(length, device=parts.device)
-    finish[(triton.cdiv(length, LINES),)](parts, out, count, length, float(divisor), LINES=LINES, PARTS=PARTS)
+    finish[(triton.cdiv(length, LINES),)](
+        parts, out, count, length, float(divisor), LINES=LINES, PARTS=PARTS, enable_fp_fusion=True
+    )
     return out
