@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import random, reference
+from . import reference
 from .blockwise import Blocks, dequantise, quantise_
 from .reference import Blockwise
 from .rounding import Target
@@ -82,15 +82,20 @@ def adamw_blockwise_(
     lr: float | Tensor,
     decay: float | Tensor,
     how: Blockwise,
-    adam: Callable[..., None] = adam_blockwise,
+    adam: Callable[..., None] | None = None,
 ) -> None:
-    """Compute `lowmem.kernels.reference.adamw_blockwise_` in pieces that stay in the cache, by any `adam_blockwise`."""
-    for index, (rows, cols) in enumerate(tiles(grad)):
+    """Compute `lowmem.kernels.reference.adamw_blockwise_` in pieces that stay in the cache.
+
+    `adam` takes the place of our `adam_blockwise`; it must round nothing at random.
+    """
+    for rows, cols in tiles(grad):
         blocks = moments[0].part(rows, cols, how.form), moments[1].part(rows, cols, how.form)
         part = target.part(rows, cols)
-        step = torch.empty(part.weight.shape, device=part.weight.device)
-        own = how._replace(seeds=[random.mix(how.seeds[0], index) if index else how.seeds[0]])
-        adam([grad[rows, cols]], ([blocks[0]], [blocks[1]]), [t], [step], own)
+        if adam is None:
+            step = _adam_tile(grad[rows, cols], blocks, (t, how.seeds[0], (rows.start, cols.start)), how)
+        else:
+            step = torch.empty(part.weight.shape, device=part.weight.device)
+            adam([grad[rows, cols]], ([blocks[0]], [blocks[1]]), [t], [step], how)
         value = part.weight if part.exact else part.read()
         value.mul_(decay).sub_(step.mul_(lr))
         if not part.exact:

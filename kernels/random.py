@@ -15,7 +15,7 @@ from torch import Tensor
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 _SPREAD = 0x85EBCA6B
-_BLOCK = 1 << 14
+_BLOCK, _GPU_BLOCK = 1 << 14, 1 << 22
 _LINE = 1 << 12
 
 Device = torch.device | str
@@ -87,7 +87,7 @@ def signs(seed: int, rows: int | range, cols: int, device: Device = "cpu") -> Te
     """Return -1 or 1 with equal probability in fp32, shape (rows, cols), 32 columns a word."""
     rows, table = _range(rows), _byte_signs(str(device))
     out = torch.empty((len(rows), cols), device=device)
-    for part, target in _blocks(rows, out, 8 * _BLOCK):
+    for part, target in _blocks(rows, out, 8):
         octets = bits(seed, part, (cols + 31) // 32, device).to(torch.int32).view(torch.uint8)  # lowest bits first
         target.copy_(table.index_select(0, octets.flatten().int()).view(len(part), -1)[:, :cols])
     return out
@@ -177,9 +177,10 @@ def _range(rows: int | range) -> range:
     return range(rows) if isinstance(rows, int) else rows
 
 
-def _blocks(rows: range, out: Tensor, elements: int = _BLOCK) -> list[tuple[range, Tensor]]:
+def _blocks(rows: range, out: Tensor, times: int = 1) -> list[tuple[range, Tensor]]:
     """Cut into blocks of rows: the integers may take several times the room of their result."""
-    size = max(1, elements // max(out.shape[1], 1))
+    elements = _BLOCK if out.device.type == "cpu" else _GPU_BLOCK  # a GPU counts launches, a CPU has caches
+    size = max(1, times * elements // max(out.shape[1], 1))
     firsts = range(0, len(rows), size)
     return [(rows[first : first + size], out[first : first + size]) for first in firsts]
 

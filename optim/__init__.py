@@ -13,6 +13,7 @@ from .galore_plus import GaLorePlus
 from .lowrank import LowRank
 from .online_subspace import OnlineSubspaceDescent
 from .params import head_groups, param_groups
+from .plan import Plan, plan
 from .precision import full_precision_state_dict
 from .presets import FiraAdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from .release import GradientRelease, enable_gradient_release
@@ -34,11 +35,13 @@ __all__ = [
     "GradientRelease",
     "LowRank",
     "OnlineSubspaceDescent",
+    "Plan",
     "SubspaceAccumulator",
     "enable_gradient_release",
     "from_bitsandbytes",
     "full_precision_state_dict",
     "head_groups",
     "param_groups",
+    "plan",
     "to_bitsandbytes",
 ]

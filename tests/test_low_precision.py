@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lowmem.kernels import tiles
 from lowmem.kernels.blockwise import FORMATS
 from lowmem.optim import (
     Adafactor,
@@ -309,6 +310,16 @@ def test_a_basis_in_few_bits_keeps_lengths_and_nearly_its_span(
     again = codes.clone()
     compact.write(again, scale.clone(), found)
     assert torch.equal(again, codes)
+
+
+def test_the_size_of_tiles_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for chunk in (1 << 18, 1 << 10):
+        monkeypatch.setattr(tiles, "CHUNK", chunk)
+        optimizer, params = train("adamw", steps=3, dtype=torch.bfloat16, rounding="stochastic")
+        found.append((params, [optimizer.state[param]["exp_avg_sq"] for param in params]))
+    for one, other in zip(*found, strict=True):
+        assert all(map(torch.equal, one, other))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
