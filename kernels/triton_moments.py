@@ -30,7 +30,7 @@ def coded_moments(
 ):  # fmt: skip
     """Adam or Lion on `LINES` blocks; `out` is the direction, or where it writes the weight.
 
-    Numbers: 1-b1, b2, 1-b2, c1, root(c2), eps, lr, decay; words: two seeds, first row and first column of the weight.
+    Numbers: 1-b1, b2, 1-b2, 1/c1, 1/root(c2), eps, lr, decay; words: two seeds, first row and column of the weight.
     """
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     row, block = (line // blocks)[:, None], (line % blocks)[:, None]
@@ -56,7 +56,7 @@ def coded_moments(
         v_scale = tl.load(second_scale + line, mask=alive, other=0.0)[:, None]
         v = decode(second, at, v_scale, tables + 256, mask, False, DYNAMIC)
         v = v * number(scalars, 1) + g * g * number(scalars, 2)
-        step = m / number(scalars, 3) / (tl.sqrt(v) / number(scalars, 4) + number(scalars, 5))
+        step = m * number(scalars, 3) / (tl.sqrt(v) * number(scalars, 4) + number(scalars, 5))
         largest = tl.max(tl.where(mask, v, 0.0), axis=1)
         seed = tl.load(scalars + 8)
         code = encode(v, largest[:, None], tables + 768, row, col, seed, False, DYNAMIC)
@@ -89,7 +89,7 @@ def dense_adam(grad, first, second, out, scalars, count, BLOCK: tl.constexpr):
     m, v = tl.load(first + at, mask=mask, other=0.0), tl.load(second + at, mask=mask, other=0.0)
     m = m + (g - m) * number(scalars, 0)
     v = v * number(scalars, 1) + g * g * number(scalars, 2)
-    step = m / number(scalars, 3) / (tl.sqrt(v) / number(scalars, 4) + number(scalars, 5))
+    step = m * number(scalars, 3) / (tl.sqrt(v) * number(scalars, 4) + number(scalars, 5))
     tl.store(first + at, m, mask=mask)
     tl.store(second + at, v, mask=mask)
     tl.store(out + at, step, mask=mask)
@@ -160,7 +160,7 @@ def lion_blockwise(grads: Sequence[Tensor], moments: Sequence[Blocks], out: Sequ
 def _adam_numbers(t: int, how: Blockwise) -> list[float]:
     b1, b2 = how.betas
     root = (1 - b2**t) ** 0.5
-    return [1 - b1, b2, 1 - b2, 1 - b1**t, root, how.eps / root if how.raw_eps else how.eps]
+    return [1 - b1, b2, 1 - b2, 1 / (1 - b1**t), 1 / root, how.eps / root if how.raw_eps else how.eps]
 
 
 def _launch(
