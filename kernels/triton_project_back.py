@@ -48,8 +48,9 @@ def tile(large: bool, gemm: torch.dtype | None, precision: str = "ieee", remaind
     if gemm is None:
         return Tile(32, 128, 16, 4, 1)
     depth = 32 if gemm == torch.float32 else 64
-    if not large or (gemm == torch.float32 and precision == "ieee"):
-        return Tile(64, 64, depth, 4, 3)
+    exact = gemm == torch.float32 and precision == "ieee"
+    if exact or not large:
+        return Tile(64, 64, depth, 8 if exact else 4, 3)
     return Tile(128, 64 if remainder else 128, depth, 8, 3)
 
 

@@ -270,7 +270,7 @@ SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}
 
 
 def test_the_kernels_compile_ahead_of_time_without_spills(tmp_path: Path) -> None:
-    """Set `LOWMEM_COMPILE=every` to compile every variant for every GPU, which takes ten minutes."""
+    """Set `LOWMEM_COMPILE=every` to compile every variant for every GPU, which takes minutes."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     which = os.environ.get("LOWMEM_COMPILE", "some")
