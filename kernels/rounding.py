@@ -144,6 +144,14 @@ def join(weight: Tensor, correction: Tensor) -> Tensor:
     return upper.add_(correction.int().bitwise_left_shift_(shift)).view(torch.float32)
 
 
+def converted(correction: Tensor, dtype: torch.dtype) -> Tensor:
+    """A correction of 16 bits in 8, the nearest, or one of 8 in 16, exactly."""
+    wide = correction.int()
+    if dtype == torch.int8:
+        return wide.add_(1 << 7).bitwise_right_shift_(8).clamp_(max=127).to(dtype)
+    return wide.bitwise_left_shift_(8).to(dtype)
+
+
 def _bits(value: Tensor) -> Tensor:
     """The 32 bits of fp32, NaN as the one whose upper half is NaN and whose lower half is zero."""
     return torch.where(value.isnan(), torch.nan, value).contiguous().view(torch.int32)

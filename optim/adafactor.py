@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from ..kernels import EVERYWHERE
 from ..kernels.rounding import ROUNDINGS
 from .core import codec, factored
+from .core.adafactor import Options, check_update, precondition, specs, step_size
 from .core.apply import move_
-from .core.basis import State
 from .core.bucket import Bucket
 from .core.hyper import scalar
 from .core.lifecycle import Lifecycle
-from .core.spec import Spec, counter
+from .core.spec import Spec
 from .core.target import writing
-from .core.validate import check_adam, check_choices
+from .core.validate import check_choices
 from .core.view import MatrixView
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -26,46 +27,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "decay_by": ("lr", "alpha", "one"),
     "eps_mode": ("square", "floor"),
     "factor_dims": ("last2", "largest2"),
-    "momentum_dtype": codec.STATE_DTYPES,
+    "state_dtype": codec.STATE_DTYPES,
     "rounding": ROUNDINGS,
+    "backend": EVERYWHERE,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Live options of one group, documented by `Adafactor`."""
-
-    lr: float | Tensor
-    relative_step: bool
-    scale_parameter: bool
-    warmup_init: bool
-    beta1: float | None
-    momentum_on: str
-    beta2_decay: float
-    eps: tuple[float | None, float]
-    eps_mode: str
-    clip_threshold: float | None
-    weight_decay: float
-    decay_by: str
-    factor_dims: str
-    min_dim_size_to_factor: int
-    momentum_dtype: str
-    rounding: str
-    seed: int
-    maximize: bool
-
-    def eps1(self, dtype: torch.dtype) -> float:
-        """The regulariser of the second moment; None is the resolution of the parameter's dtype, as in torch."""
-        return torch.finfo(dtype).eps if self.eps[0] is None else self.eps[0]
-
-    def dims(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Order of dimensions that puts the factored pair last; None where V is kept whole."""
-        order = list(range(len(shape)))
-        if self.factor_dims == "largest2":
-            pair = sorted(sorted(order, key=lambda d: shape[d])[-2:])
-            order = [d for d in order if d not in pair] + pair
-        small = len(shape) < 2 or min(shape[d] for d in order[-2:]) < self.min_dim_size_to_factor
-        return None if small else tuple(order)
 
 
 class Adafactor(Lifecycle):
@@ -102,11 +67,12 @@ class Adafactor(Lifecycle):
         factor_dims: Factor the "last2" dimensions or the "largest2", which is the rule that saves memory on
             convolutions.
         min_dim_size_to_factor: Keep V whole where a factored dimension is smaller.
-        momentum_dtype: Dtype of the momentum, "float32" (fp64 for fp64 parameters), "bfloat16", "8bit", "bnb8",
+        state_dtype: Dtype of the momentum, "float32" (fp64 for fp64 parameters), "bfloat16", "8bit", "bnb8",
             "parameter", or a torch.dtype; the statistics are fp32 always.
         rounding: How bf16 weights are written, see `GaLore`.
         seed: Seed of stochastic rounding.
         maximize: Ascend instead of descend.
+        backend: "auto", or the only kernel backend to compute statistics with.
 
     Raises:
         ValueError: An option is out of range, unknown but close to a known one, or contradicts another.
@@ -134,10 +100,11 @@ class Adafactor(Lifecycle):
         eps_mode: str = "square",
         factor_dims: str = "last2",
         min_dim_size_to_factor: int = 0,
-        momentum_dtype: str | torch.dtype = "float32",
+        state_dtype: str | torch.dtype = "float32",
         rounding: str = "nearest",
         seed: int = 0,
         maximize: bool = False,
+        backend: str = "auto",
     ) -> None:
         relative = lr is None if relative_step is None else relative_step
         if lr is None and not relative:
@@ -147,7 +114,8 @@ class Adafactor(Lifecycle):
         moment = {"beta2_decay": beta2_decay, "eps": eps, "eps_mode": eps_mode}
         decay = {"weight_decay": weight_decay, "decay_by": decay_by, "scale_parameter": scale_parameter}
         storage = {"factor_dims": factor_dims, "min_dim_size_to_factor": min_dim_size_to_factor}
-        numerics = {"momentum_dtype": momentum_dtype, "rounding": rounding, "seed": seed, "maximize": maximize}
+        numerics = {"state_dtype": state_dtype, "rounding": rounding, "seed": seed, "maximize": maximize}
+        numerics["backend"] = backend
         super().__init__(params, step | update | moment | decay | storage | numerics)
 
     @classmethod
@@ -219,11 +187,11 @@ class Adafactor(Lifecycle):
         if o.momentum_on == "scaled_update":
             update.mul_(alpha)
         if o.beta1 is not None:
-            moment = codec.load(held, "exp_avg", o.momentum_dtype, work).lerp_(update, 1 - o.beta1)
+            moment = codec.load(held, "exp_avg", o.state_dtype, work).lerp_(update, 1 - o.beta1)
             if moment is held["exp_avg"]:
                 update = moment.clone()
             else:
-                codec.store(held, "exp_avg", moment, o.momentum_dtype)
+                codec.store(held, "exp_avg", moment, o.state_dtype)
                 update = moment
         if o.momentum_on == "update":
             update.mul_(alpha)
@@ -244,67 +212,13 @@ class Adafactor(Lifecycle):
         return Options(**{field.name: scalar(group[field.name]) for field in fields(Options)})
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return (group["beta1"] is None, group["factor_dims"], group["min_dim_size_to_factor"])
+        return (
+            group["beta1"] is None,
+            *(group[name] for name in ("factor_dims", "min_dim_size_to_factor", "state_dtype")),
+        )
 
     def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
         return None
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         return specs(param, self._hyper(group))
-
-
-def check_update(group: dict[str, Any]) -> None:
-    """Validate what all optimizers with Adafactor's update share."""
-    if group["lr"] is None:
-        raise ValueError("Invalid learning rate: None in a group; give a number, or lr=None to the constructor alone")
-    check_adam(group)
-    beta1, d, eps = (group[name] for name in ("beta1", "clip_threshold", "eps"))
-    if not isinstance(eps, (tuple, list)) or len(eps) != 2 or eps[1] is None:
-        raise ValueError(f"Invalid eps: {eps}; need the pair (eps1 or None, eps2), as (1e-30, 1e-3)")
-    if beta1 is not None and not 0.0 <= beta1 < 1.0:
-        raise ValueError(f"Invalid beta1: {beta1}; need 0 <= beta1 < 1, or None for no momentum")
-    if not group["beta2_decay"] <= 0.0:
-        raise ValueError(f"Invalid beta2_decay: {group['beta2_decay']}; need an exponent of at most 0, as -0.8")
-    if d is not None and not d > 0.0:
-        raise ValueError(f"Invalid clip_threshold: {d}; need a positive number, or None to not clip")
-
-
-def step_size(param: Tensor, t: int, o: Options) -> float | Tensor:
-    """`alpha_t`, a device scalar where the parameter scale is in it."""
-    lr = factored.relative_step(t, o.lr, warmup_init=o.warmup_init) if o.relative_step else o.lr
-    if o.scale_parameter:
-        lr = lr * factored.parameter_scale(param, o.eps[1], codec.work_dtype(param.dtype))
-    return lr
-
-
-def precondition(grad: Tensor, held: State, t: int, o: Options, eps1: float) -> Tensor:
-    """Update the second moment with G and return `U = G / sqrt(V)` in a tensor of its own."""
-    fresh = 1.0 - factored.beta2(t, o.beta2_decay)
-    floor = o.eps_mode == "floor"
-    added = 0.0 if floor else eps1
-    order = o.dims(tuple(grad.shape))
-    if order is None:
-        whole = held["exp_avg_sq"].lerp_(grad.square().add_(added), fresh)
-        return (factored.floor_variance(whole.clone(), eps1) if floor else whole).rsqrt().mul_(grad)
-    matrix, row, col = grad.permute(order), held["exp_avg_sq_row"], held["exp_avg_sq_col"]
-    factored.accumulate(matrix, row, col, fresh, added)
-    if floor:
-        update = factored.precondition_floored(matrix, row, col, eps1)
-    else:
-        update = factored.precondition(matrix, row, col)
-    return update.permute([order.index(d) for d in range(len(order))])
-
-
-def specs(param: Tensor, o: Options) -> dict[str, Spec]:
-    """Describe the state of a parameter."""
-    shape, order = tuple(param.shape), o.dims(tuple(param.shape))
-    work = codec.work_dtype(param.dtype)
-    if order is None:
-        statistics = {"exp_avg_sq": shape}
-    else:
-        turned = tuple(shape[d] for d in order)
-        statistics = {"exp_avg_sq_row": turned[:-1], "exp_avg_sq_col": turned[:-2] + turned[-1:]}
-    described = {name: Spec(size, work, param.device) for name, size in statistics.items()}
-    if o.beta1 is not None:
-        described |= codec.specs("exp_avg", shape, param, o.momentum_dtype)
-    return {"step": counter(), **described}

@@ -11,8 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..kernels import EVERYWHERE
 from ..kernels.rounding import ROUNDINGS
-from . import adafactor
-from .core import codec, factored
+from .core import adafactor, codec, factored
 from .core.apply import move_
 from .core.bucket import Bucket
 from .core.hyper import scalar
@@ -45,7 +44,6 @@ class Options(adafactor.Options):
     update_proj_gap: int
     distribution: str
     proj_type: str
-    backend: str
 
 
 class Flora(Lifecycle):
@@ -136,11 +134,11 @@ class Flora(Lifecycle):
             update = b.view.orient(whole)  #                                                          (a, b)
             old, new = bases(b, index, o)  # P_{t-1}, P_t                                             (b, r)
             low = update @ new  # U_t P_t                                                             (a, r)
-            moment = codec.load(held, "exp_avg", o.momentum_dtype, b.dtype)  # C_{t-1}                (a, r)
+            moment = codec.load(held, "exp_avg", o.state_dtype, b.dtype)  # C_{t-1}                (a, r)
             update.addmm_(moment, old.T, beta=1 - beta1, alpha=beta1)  # (1-b1) U_t + b1 C_{t-1} P_{t-1}^T
             if old is not new:
                 moment = moment @ (old.T @ new)  # C_{t-1} P_{t-1}^T P_t                              (a, r)
-            codec.store(held, "exp_avg", torch.lerp(moment, low, 1 - beta1), o.momentum_dtype)  # C_t
+            codec.store(held, "exp_avg", torch.lerp(moment, low, 1 - beta1), o.state_dtype)  # C_t
             move(b, index, whole, o)  # W <- (1 - alpha wd) W - alpha clip(Ubar)
 
     def plain(self, b: Bucket) -> None:
@@ -149,9 +147,9 @@ class Flora(Lifecycle):
         for index, held in enumerate(b.states):
             update = whiten(b, index, o)
             if o.beta1 is not None:
-                moment = codec.load(held, "exp_avg", o.momentum_dtype, b.dtype)
+                moment = codec.load(held, "exp_avg", o.state_dtype, b.dtype)
                 update = torch.lerp(moment, update, 1 - o.beta1)
-                codec.store(held, "exp_avg", update, o.momentum_dtype)
+                codec.store(held, "exp_avg", update, o.state_dtype)
             move(b, index, update, o)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -173,12 +171,12 @@ class Flora(Lifecycle):
         check_rank(group)
 
     def _hyper(self, group: dict[str, Any]) -> Options:
-        values = {"density": None, "momentum_dtype": group["state_dtype"], **group, **FIXED}
+        values = {"density": None, **group, **FIXED}
         return Options(**{field.name: scalar(values[field.name]) for field in fields(Options)})
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        names = ("rank", "density", "proj_type", "beta1", "update_proj_gap", "distribution")
-        return tuple(group.get(name) for name in names)
+        names = ("rank", "density", "proj_type", "update_proj_gap", "distribution", "state_dtype")
+        return (group["beta1"] is None, *(group.get(name) for name in names))
 
     def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
         o = self._hyper(group)
@@ -206,7 +204,7 @@ class Flora(Lifecycle):
             "basis_key": Spec((), torch.int64, torch.device("cpu")),
             "exp_avg_sq_row": Spec((view.m,), work, param.device),
             "exp_avg_sq_col": Spec((view.n,), work, param.device),
-            **codec.specs("exp_avg", view.low_shape, param, o.momentum_dtype),
+            **codec.specs("exp_avg", view.low_shape, param, o.state_dtype),
         }
 
 

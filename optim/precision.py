@@ -14,8 +14,18 @@ def full_precision_state_dict(model: nn.Module, optimizer: Lifecycle) -> dict[st
 
     Args:
         model: The model.
-        optimizer: Its optimizer; with `rounding="compensated"` the weights come out as an fp32 run would have them.
+        optimizer: Its optimizer; with `rounding="compensated"` weights come out with all 32 bits that it has kept.
+
+    Returns:
+        Tensors by name; those that are fp32 already share the memory of the model, as in its own state dict.
+
+    Raises:
+        TypeError: The optimizer is not of this package.
     """
+    if not isinstance(optimizer, Lifecycle):
+        raise TypeError(
+            f"got a {type(optimizer).__name__}, need an optimizer of lowmem.optim: of others take model.state_dict()"
+        )
     values = {id(param): optimizer.full_precision(param) for param in model.parameters()}
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

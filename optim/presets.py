@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .core import codec
 from .fira import Fira
 from .galore import GaLore
 
@@ -58,10 +59,17 @@ class GaLoreAdamW8bit(GaLore):
         betas: Decay rates of the moments.
         eps: Added to the root of the second moment, after bias correction.
         weight_decay: Decoupled decay, after the update.
+        amsgrad: Not supported, there neither.
+        optim_bits: Ignored by the authors, whose class has 8 bits whatever is said.
+        args: Ignored; it carried further options to bitsandbytes.
+        min_8bit_size: Smallest number of elements that is coded, 4096 always.
+        percentile_clipping: 100, no clipping of gradients by their history.
+        block_wise: True, a scale a block.
+        is_paged: False; state that moves between devices is not offered.
         options: Any further option of `GaLore`, as `state_dtype="8bit"` for codes that are closer to fp32.
 
     Raises:
-        ValueError: As `GaLore`.
+        ValueError: As `GaLore`, or one of bitsandbytes' switches has another value than its default.
 
     Differences from the authors' code: blocks lie within rows, so that codes are bitsandbytes' where the rank is a
     multiple of 256; the update is not rounded to the weight's dtype before it is projected back; projected matrices
@@ -75,8 +83,25 @@ class GaLoreAdamW8bit(GaLore):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = codec.SMALL,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
         **options: Any,
     ) -> None:
+        del optim_bits, args
+        switches = {
+            "amsgrad": (amsgrad, False),
+            "min_8bit_size": (min_8bit_size, codec.SMALL),
+            "is_paged": (is_paged, False),
+        }
+        switches |= {"percentile_clipping": (percentile_clipping, 100), "block_wise": (block_wise, True)}
+        for name, (value, default) in switches.items():
+            if value != default:
+                raise ValueError(f"{name}={value} is not supported: drop it, or pass {name}={default}")
         super().__init__(params, lr, betas, eps, weight_decay, **_official({"state_dtype": "bnb8", **options}))
 
 

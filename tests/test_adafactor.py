@@ -700,7 +700,7 @@ SYNC_OPTIONS = (
     {"warmup_init": True, "beta1": 0.9, "momentum_on": "update"},
     {"eps_mode": "floor", "factor_dims": "largest2", "maximize": True},
     {"clip_threshold": None, "scale_parameter": False, "lr": 0.1, "decay_by": "one", "weight_decay": 0.1},
-    {"momentum_dtype": "bfloat16", "beta1": 0.9},
+    {"state_dtype": "bfloat16", "beta1": 0.9},
 )
 
 
@@ -779,23 +779,23 @@ def test_memory_is_that_of_the_table(
     assert optimizer.state[param]["step"].shape == ()
 
 
-@pytest.mark.parametrize("momentum_dtype", [torch.bfloat16, "bfloat16", "float64", "parameter", "float32"])
-def test_momentum_dtype_is_that_of_the_momentum_alone(momentum_dtype: str | torch.dtype) -> None:
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "bfloat16", "float64", "parameter", "float32"])
+def test_state_dtype_is_that_of_the_momentum_alone(state_dtype: str | torch.dtype) -> None:
     param = weight(6, 5, dtype=BF16)
-    optimizer = Adafactor([param], beta1=0.9, momentum_dtype=momentum_dtype)
+    optimizer = Adafactor([param], beta1=0.9, state_dtype=state_dtype)
     for t in range(3):
         take(optimizer, param, uneven(6, 5, seed=t, dtype=BF16))
     dtypes = {name: value.dtype for name, value in moments(optimizer, param).items()}
-    assert dtypes.pop("exp_avg") == {"float64": F64, "float32": F32}.get(str(momentum_dtype), BF16)
+    assert dtypes.pop("exp_avg") == {"float64": F64, "float32": F32}.get(str(state_dtype), BF16)
     assert set(dtypes.values()) == {F32}
 
 
 def test_bf16_momentum_is_near_that_of_fp32() -> None:
     results = []
-    for momentum_dtype in ("float32", "bfloat16"):
+    for state_dtype in ("float32", "bfloat16"):
         param = weight(6, 5, dtype=F32)
         before = param.detach().clone()
-        optimizer = Adafactor([param], beta1=0.9, momentum_dtype=momentum_dtype)
+        optimizer = Adafactor([param], beta1=0.9, state_dtype=state_dtype)
         for t in range(20):
             take(optimizer, param, uneven(6, 5, seed=t, dtype=F32))
         results.append(param.detach() - before)
@@ -816,7 +816,7 @@ RESUMED = (
     {},
     {"lr": 0.02, "beta1": 0.9, "weight_decay": 0.1},
     {"factor_dims": "largest2", "eps_mode": "floor", "eps": (None, 1e-3)},
-    {"beta1": 0.5, "momentum_dtype": torch.bfloat16},
+    {"beta1": 0.5, "state_dtype": torch.bfloat16},
     {"lr": torch.tensor(0.02), "momentum_on": "update", "beta1": 0.9},
 )
 
@@ -846,7 +846,7 @@ def test_resume_is_bit_exact(options: dict[str, Any], dtype: torch.dtype) -> Non
             assert loaded.dtype == value.dtype
             assert torch.equal(loaded, value)
             assert not loaded.numel() or loaded.data_ptr() != value.data_ptr()
-    if "momentum_dtype" not in options:
+    if "state_dtype" not in options:
         widest = F64 if dtype == F64 else F32
         assert {v.dtype for p in copies for v in moments(resumed, p).values()} == {widest}
     advance(optimizer, params, 4)
@@ -924,8 +924,8 @@ INVALID = (
     ({"decay_by": "rho"}, "rho.*alpha"),
     ({"eps_mode": "add"}, "add.*square"),
     ({"factor_dims": "first2"}, "first2.*last2"),
-    ({"momentum_dtype": "int8"}, "int8.*float32"),
-    ({"momentum_dtype": torch.int8}, "int8.*float32"),
+    ({"state_dtype": "int8"}, "int8.*float32"),
+    ({"state_dtype": torch.int8}, "int8.*float32"),
     ({"min_dim_size_to_factor": -1}, "min_dim_size_to_factor"),
 )
 

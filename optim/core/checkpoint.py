@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ...kernels.rounding import CORRECTIONS
 from .projector import PROJECTORS
 from .spec import Spec
+from .state import zeros
+from .target import CORRECTION
 
 STRUCTURAL = ("rank", "density", "proj_type", "rule", "state_dtype", "basis_dtype")
 """Options that decide which state a parameter has: they cannot differ between a checkpoint and its reader."""
@@ -29,8 +32,8 @@ def merged_groups(ours: Groups, saved: Groups) -> Groups:
         return saved  # torch's error to raise
     merged = []
     for mine, theirs in zip(ours, saved, strict=True):
-        for name in STRUCTURAL:
-            if name in theirs and theirs[name] != mine.get(name):
+        for name in (*STRUCTURAL, "rounding"):
+            if name in theirs and theirs[name] != mine.get(name) and _structural(name, mine, theirs):
                 raise ValueError(
                     f"the checkpoint has {name}={theirs[name]!r}, this optimizer {name}={mine.get(name)!r}: "
                     f"construct it with {name}={theirs[name]!r}"
@@ -39,6 +42,11 @@ def merged_groups(ours: Groups, saved: Groups) -> Groups:
         options = {name: value for name, value in mine.items() if name not in ("params", "param_names")}
         merged.append({**options, **theirs})
     return merged
+
+
+def _structural(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Rounding decides over state where it is compensated; between the other modes the checkpoint chooses."""
+    return name != "rounding" or not CORRECTIONS.keys().isdisjoint((mine.get(name), theirs[name]))
 
 
 def _check_basis(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -58,13 +66,17 @@ def restore(saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], 
     Raises:
         ValueError: Names or shapes are those of another method, rule or rank.
     """
-    if saved.keys() != described.keys():
+    fresh = {CORRECTION} & described.keys() - saved.keys()  # of a checkpoint from before there was one: nothing to add
+    if saved.keys() | fresh != described.keys():
         raise ValueError(
             f"the loaded state of {label} has {sorted(saved)}, this optimizer keeps {sorted(described)}: "
             "construct it as the optimizer of the checkpoint was"
         )
-    loaded = {}
+    loaded: dict[str, Tensor] = {}
     for name, spec in described.items():
+        if name in fresh:
+            loaded |= zeros({name: spec})
+            continue
         value = torch.as_tensor(saved[name])
         if tuple(value.shape) != spec.shape:
             raise ValueError(

@@ -62,7 +62,7 @@ def specs(name: str, shape: tuple[int, ...], param: Tensor, state_dtype: str) ->
         return {name: Spec(shape, storage_dtype(param.dtype, state_dtype), param.device)}
     rows, cols = matrix_shape(shape)
     return {
-        name: Spec(shape, form.code_dtype(signed=_signed(name)), param.device),
+        name: Spec(shape, form.code_dtype(signed=_signed(name)), param.device, form.name),
         name + SCALE: Spec((rows, form.scales(cols)), torch.float32, param.device),
     }
 

@@ -20,9 +20,9 @@ def beta2(t: int, decay: float) -> float:
     return 1.0 - fresh
 
 
-def accumulate(grad: Tensor, row: Tensor, col: Tensor, weight: float, floor: float) -> None:
+def accumulate(grad: Tensor, row: Tensor, col: Tensor, weight: float, floor: float, backend: str = "auto") -> None:
     """`R <- lerp(R, mean_cols(G^2) + floor, weight)` and likewise C with rows, without a G^2 temporary."""
-    rows, cols = pick("square_means", grad)(grad)
+    rows, cols = pick("square_means", grad, backend)(grad)
     row.lerp_(rows.add_(floor), weight)
     col.lerp_(cols.add_(floor), weight)
 

@@ -22,8 +22,12 @@ ALIASES = {
     "projection_type": "proj_type",
     "proj_side": "proj_type",
     "kappa": "update_proj_gap",
+    "momentum_dtype": "state_dtype",
 }
 """Names of the neighbours for our options, accepted in parameter groups."""
+
+NUMERICS = ("state_dtype", "gemm_dtype", "basis_dtype", "rounding", "backend")
+"""Options that every group of every optimizer might name; one that an optimizer does not have is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +141,8 @@ def normalise(group: dict[str, Any], known: frozenset[str]) -> None:
         known: The option names of the optimizer.
 
     Raises:
-        ValueError: An option is given twice, or a key nearly matches a known one.
+        ValueError: An option is given twice, is one of `NUMERICS` that the optimizer does not have, or nearly matches a
+            known one.
     """
     for alias, name in ALIASES.items():
         if alias in group and name in known:
@@ -146,10 +151,15 @@ def normalise(group: dict[str, Any], known: frozenset[str]) -> None:
             group[name] = group.pop(alias)
     if group.get("proj_type") in PROJECTORS and group["proj_type"] not in SIDES:
         group["projector"] = group.pop("proj_type")
-    for name in ("state_dtype", "gemm_dtype", "momentum_dtype", "basis_dtype"):
+    for name in ("state_dtype", "gemm_dtype", "basis_dtype"):
         if isinstance(group.get(name), torch.dtype):
             group[name] = str(group[name]).removeprefix("torch.")
     for key in group:
+        if key in NUMERICS and key not in known:
+            raise ValueError(
+                f"{key}={group[key]!r} is not an option of this optimizer: drop it; it has "
+                f"{', '.join(name for name in NUMERICS if name in known)}"
+            )
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
         swapped = [name for name in known if sorted(name) == sorted(key)]
         if (near or swapped) and key not in known:

@@ -1,176 +1,33 @@
-"""The lifecycle shared by all optimizers: groups, buckets, state, step, load."""
+"""The lifecycle shared by all optimizers: buckets, state on demand, step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
 
-from ...kernels.rounding import join
-from . import state, target
+from . import state
 from .bucket import Bucket, Plan
-from .checkpoint import STRUCTURAL, load_keeping, restore
-from .cross_head import check_rows
-from .hyper import Hyper, normalise
+from .groups import Groups, seen
 from .plain import plain_
-from .planning import make_plans
-from .spec import Spec
-from .summary import Summary, summarise
-from .validate import check_subspace
-from .view import MatrixView, matrix_shape
 
 
-class Lifecycle(Optimizer):
+class Lifecycle(Groups):
     """Base of every optimizer: sorts parameters into buckets and hands each to `update` or `plain`.
 
-    A named optimizer passes its options as `defaults` and writes its algorithm in `update(bucket)`. What is asked of a
-    group's options (`_validate`, `_hyper`, `_structure`, `_view`, `_specs`) is overridden where they are others.
-
-    Args:
-        params: Parameters, parameter groups or (name, parameter) pairs, as in torch.optim.
-        defaults: Every option of the optimizer with its value; a subclass declares its own before it calls the
-            constructor. `rank` applies to all groups, unless a group names a `rank` or `density` of its own: then
-            groups that do not are plain.
-
-    Raises:
-        ValueError: An option is out of range, unknown but close to a known one, or contradicts another.
+    A named optimizer passes its options as `defaults` and writes its algorithm in `update(bucket)`.
     """
 
     linear_between_refreshes: bool = False
     """Between two refreshes the update takes nothing from a gradient but A P, which may be summed in its place."""
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        # A bare tensor is torch's error to raise, not a list of its rows.
-        groups: Any = params if isinstance(params, Tensor) else list(params)
-        named = any(isinstance(group, dict) and ("rank" in group or "density" in group) for group in groups)
-        self._transient()
-        defaults = {**defaults, **getattr(self, "_method_options", {})}
-        normalise(defaults, frozenset(defaults))
-        if named:
-            defaults["rank"] = None
-        self._validate(defaults)
-        super().__init__(groups, defaults)
-
-    def _declare(self, **options: Any) -> None:
-        """Add a method's own options to those that the constructor passes on."""
-        self._method_options = {**getattr(self, "_method_options", {}), **options}
-
     def _transient(self) -> None:
         """Set up what is derived and never saved."""
-        self._plans: list[Plan] = []
-        self._plans_key: tuple[Any, ...] | None = None
+        super()._transient()
         self._low_grads: dict[Tensor, Tensor] = {}
-        self._alone: dict[int, Plan] = {}
-        self._alone_key: Any = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._transient()
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                if name != "differentiable":  # torch adds it to the defaults when it loads, not to groups
-                    group.setdefault(name, default)
-        for held in self.state.values():
-            if "step" in held and not isinstance(held["step"], Tensor):
-                held["step"] = torch.tensor(float(held["step"]), dtype=torch.float32)
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        """Check the options of a complete group; optimizers with other options override this."""
-        check_subspace(group)
-
-    def _hyper(self, group: dict[str, Any]) -> Any:
-        """Freeze the options of a group for one step."""
-        return Hyper.of(group)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options are spelled canonically and validated first.
-
-        Raises:
-            ValueError: As the constructor.
-            TypeError: A parameter is complex.
-        """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        normalise(param_group, frozenset({*self.defaults, "ranks"}))
-        inherited = dict(self.defaults)
-        if "density" in param_group:
-            inherited["rank"] = None
-        self._validate({**inherited, **param_group})
-        if "density" in param_group:
-            param_group.setdefault("rank", None)
-        super().add_param_group(param_group)
-        try:
-            for param in self.param_groups[-1]["params"]:
-                self._admit(param, self.param_groups[-1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
-
-    def _admit(self, param: Tensor, group: dict[str, Any]) -> None:
-        """Refuse a parameter that cannot be in its group."""
-        if param.is_complex():
-            raise TypeError(
-                f"{type(self).__name__} does not support complex parameters, got {param.dtype}: optimize "
-                "torch.view_as_real(parameter) instead"
-            )
-        target.check(param, group)
-        if group.get("num_heads") is not None:
-            self._view(param, group)
-
-    def _planned(self) -> list[Plan]:
-        """The buckets of all groups, rebuilt when parameters are other objects or a group changes its structure."""
-        key = tuple(
-            (*map(id, group["params"]), group["rounding"], *self._structure(group)) for group in self.param_groups
-        )
-        if key != self._plans_key:
-            self._plans = make_plans(self.param_groups, self._view)
-            state.reconcile(self.state, self._described())
-            self._plans_key = key
-        return self._plans
-
-    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What decides which state the parameters of a group have."""
-        options = (*STRUCTURAL, "projector", "lazy", "carry", "proj_rule", "num_heads")
-        return (*(group.get(name) for name in options), group["betas"][0] > 0)
-
-    def _described(self) -> dict[Tensor, dict[str, Spec]]:
-        """Describe the state of every parameter."""
-        return {param: self._state_of(param, plan.view, plan.group) for plan in self._plans for param in plan.params}
-
-    def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
-        """Orient an eligible parameter of a group; None leaves it plain.
-
-        Eligible are weights of two dimensions or more (viewed as first x rest) whose smaller side exceeds the rank.
-        The authors' code projects at `rank >= min(m, n)` too, in a square basis, and so does `compat="official"`.
-        """
-        if param.ndim < 2 or 0 in param.shape:
-            return None
-        hyper, shape = Hyper.of(group), matrix_shape(param.shape)
-        rank = hyper.rank_for(shape)
-        if rank is None or (rank >= min(shape) and not hyper.official):
-            return None
-        if hyper.num_heads is not None:
-            check_rows(shape, hyper.num_heads, rank)
-        return MatrixView.of(param.shape, rank, hyper.side)
-
-    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
-        """Describe the state of a parameter of a group."""
-        return state.specs(param, view, Hyper.of(group))
-
-    def _state_of(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
-        """The same with the correction of a weight that is written with one."""
-        options = self.param_groups[group]
-        return self._specs(param, view, options) | target.specs(param, options["rounding"])
-
-    def full_precision(self, param: Tensor) -> Tensor:
-        """The value of a parameter in fp32, with its correction where `rounding="compensated"` keeps one."""
-        held = self.state.get(param, {})
-        correction = held.get(target.CORRECTION)
-        return param.detach().float() if correction is None else join(param.detach(), correction)
+        self._alone: dict[int, tuple[Plan, tuple[Any, ...]]] = {}
 
     def update(self, b: Bucket) -> None:
         """Step a bucket of projected matrices: the algorithm of the named optimizer."""
@@ -215,14 +72,26 @@ class Lifecycle(Optimizer):
         """Step one parameter by its gradient, as `step` would; what `enable_gradient_release` calls.
 
         Raises:
-            KeyError: The optimizer does not have the parameter.
+            ValueError: The optimizer does not have the parameter.
         """
-        plans = self._planned()
-        if self._alone_key is not self._plans_key:
-            self._alone = {id(p): part for plan in plans for p, part in zip(plan.params, plan.alone(), strict=True)}
-            self._alone_key = self._plans_key
-        plan = self._alone[id(param)]
+        plan, mark = self._alone.get(id(param), (None, None))
+        if plan is None or mark != self._mark(param, plan):
+            self._alone = {id(p): (part, self._mark(p, part)) for part in self._one_by_one() for p in part.params}
+            if id(param) not in self._alone:
+                raise ValueError(
+                    f"the optimizer does not have this {tuple(param.shape)} parameter: add it, "
+                    "optimizer.add_param_group({'params': [parameter]})"
+                )
+            plan = self._alone[id(param)][0]
         self._step_plan(plan, self._hyper(self.param_groups[plan.group]))
+
+    def _one_by_one(self) -> Iterator[Plan]:
+        for plan in self._planned():
+            yield from plan.alone()
+
+    def _mark(self, param: Tensor, plan: Plan) -> tuple[Any, ...]:
+        """What a plan of one parameter depends on; to look at all groups for each would be quadratic."""
+        return (*seen(param), *self._fingerprint(self.param_groups[plan.group]))
 
     def needs_all_gradients(self) -> str | None:
         """Say why parameters cannot be stepped one by one; None where they can."""
@@ -272,38 +141,3 @@ class Lifecycle(Optimizer):
         It must allocate and do nothing else: no basis of zeros, no step counted.
         """
         return float(hyper.lr) == 0.0 and not grad.any()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict, keeping this optimizer's dtypes, devices and structure.
-
-        torch casts every state tensor to the dtype of its parameter; ours stay what they are.
-
-        Args:
-            state_dict: What `state_dict()` returned.
-
-        Raises:
-            ValueError: The checkpoint is of another rank, side, rule or method; nothing is loaded.
-        """
-        load_keeping(self, super().load_state_dict, state_dict, self._restore)
-
-    def _restore(self, loaded: dict[str, Any]) -> None:
-        order = [key for group in loaded["param_groups"] for key in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        self._plans = make_plans(self.param_groups, self._view)
-        described = self._described()
-        for position, (key, param) in enumerate(zip(order, params, strict=True)):
-            saved = loaded["state"].get(key)
-            if saved:
-                label = f"parameter {position} {tuple(param.shape)}"
-                self.state[param] = restore(saved, described[param], label)
-
-    def summary(self) -> Summary:
-        """Tell what was matched: one row a bucket with shape, count, side, rank and bytes of state.
-
-        The bytes are computed from metadata and equal what the first step allocates; print the result for a table.
-        """
-        return summarise(self._planned(), self._state_of)
-
-    def skipped_refreshes(self) -> int:
-        """Count the refreshes skipped so far because a gradient was zero or not finite, over all matrices."""
-        return sum(int(held["skipped_refreshes"]) for held in self.state.values() if "skipped_refreshes" in held)

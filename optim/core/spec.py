@@ -8,11 +8,12 @@ import torch
 
 
 class Spec(NamedTuple):
-    """Metadata of a state tensor."""
+    """Metadata of a state tensor; `form` names the code of those that are coded."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    form: str | None = None
 
     @property
     def nbytes(self) -> int:

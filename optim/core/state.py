@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -70,22 +69,3 @@ def runs_fused(param: Tensor, hyper: Hyper) -> bool:
 def zeros(described: Mapping[str, Spec]) -> dict[str, Tensor]:
     """Allocate state from its description."""
     return {name: torch.zeros(s.shape, dtype=s.dtype, device=s.device) for name, s in described.items()}
-
-
-def reconcile(states: MutableMapping[Any, dict[str, Tensor]], described: Mapping[Tensor, Mapping[str, Spec]]) -> None:
-    """Drop the state of parameters that left, and complete or refuse state that no longer fits its group.
-
-    Raises:
-        ValueError: A group changed its rank or side after the first step.
-    """
-    for param in [p for p in states if isinstance(p, Tensor) and p not in described]:
-        del states[param]
-    for param, held in states.items():
-        for name, spec in described.get(param, {}).items() if held else ():
-            if name not in held:  # a momentum that was switched on
-                held.update(zeros({name: spec}))
-            elif tuple(held[name].shape) != spec.shape:
-                raise ValueError(
-                    f"{name} of a {tuple(param.shape)} parameter has shape {tuple(held[name].shape)}, its group now "
-                    f"needs {spec.shape}: rank, density and proj_type cannot change after the first step"
-                )

@@ -1,0 +1,220 @@
+"""What all optimizers know of their parameters: groups and their options, views, descriptions of state, loading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from ...kernels.rounding import join
+from . import state, target
+from .bucket import Plan
+from .checkpoint import STRUCTURAL, load_keeping, restore
+from .cross_head import check_rows
+from .hyper import Hyper, normalise
+from .planning import make_plans
+from .reconcile import reconcile
+from .spec import Spec
+from .summary import Summary, summarise
+from .validate import check_subspace
+from .view import MatrixView, matrix_shape
+
+
+class Groups(Optimizer):
+    """Parameter groups whose options are validated, and the state of their parameters, described before it exists.
+
+    What is asked of a group's options (`_validate`, `_hyper`, `_structure`, `_view`, `_specs`) is overridden where they
+    are others.
+
+    Args:
+        params: Parameters, parameter groups or (name, parameter) pairs, as in torch.optim.
+        defaults: Every option of the optimizer with its value; a subclass declares its own before it calls the
+            constructor. `rank` applies to all groups, unless a group names a `rank` or `density` of its own: then
+            groups that do not are plain.
+
+    Raises:
+        ValueError: An option is out of range, unknown but close to a known one, or contradicts another.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        # A bare tensor is torch's error to raise, not a list of its rows.
+        groups: Any = params if isinstance(params, Tensor) else list(params)
+        named = any(isinstance(group, dict) and ("rank" in group or "density" in group) for group in groups)
+        self._transient()
+        defaults = {**defaults, **getattr(self, "_method_options", {})}
+        normalise(defaults, frozenset(defaults))
+        if named:
+            defaults["rank"] = None
+        self._validate(defaults)
+        super().__init__(groups, defaults)
+
+    def _declare(self, **options: Any) -> None:
+        """Add a method's own options to those that the constructor passes on."""
+        self._method_options = {**getattr(self, "_method_options", {}), **options}
+
+    def _transient(self) -> None:
+        """Set up what is derived and never saved."""
+        self._plans: list[Plan] = []
+        self._plans_key: tuple[Any, ...] | None = None
+        self._settled: dict[Tensor, dict[str, Spec]] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._transient()
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                if name != "differentiable":  # torch adds it to the defaults when it loads, not to groups
+                    group.setdefault(name, default)
+        for held in self.state.values():
+            if "step" in held and not isinstance(held["step"], Tensor):
+                held["step"] = torch.tensor(float(held["step"]), dtype=torch.float32)
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        """Check the options of a complete group; optimizers with other options override this."""
+        check_subspace(group)
+
+    def _hyper(self, group: dict[str, Any]) -> Any:
+        """Freeze the options of a group for one step."""
+        return Hyper.of(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its options are spelled canonically and validated first.
+
+        Raises:
+            ValueError: As the constructor.
+            TypeError: A parameter is complex.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        normalise(param_group, frozenset({*self.defaults, "ranks"}))
+        inherited = dict(self.defaults)
+        if "density" in param_group:
+            inherited["rank"] = None
+        self._validate({**inherited, **param_group})
+        if "density" in param_group:
+            param_group.setdefault("rank", None)
+        super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                self._admit(param, self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _admit(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Refuse a parameter that cannot be in its group."""
+        if param.is_complex():
+            raise TypeError(
+                f"{type(self).__name__} does not support complex parameters, got {param.dtype}: optimize "
+                "torch.view_as_real(parameter) instead"
+            )
+        target.check(param, group)
+        if group.get("num_heads") is not None:
+            self._view(param, group)
+
+    def _planned(self) -> list[Plan]:
+        """The buckets of all groups, rebuilt when parameters or the structure of a group are others than before.
+
+        State that exists is brought to what its group needs now.
+
+        Raises:
+            ValueError: It cannot be, or an option was set to what the constructor would have refused.
+        """
+        key = tuple((*map(seen, group["params"]), *self._fingerprint(group)) for group in self.param_groups)
+        if key != self._plans_key:
+            for group in self.param_groups:
+                self._validate(group)
+                for param in group["params"]:
+                    self._admit(param, group)
+            self._plans = make_plans(self.param_groups, self._view)
+            described = self._described()
+            reconcile(self.state, described, self._settled)
+            self._plans_key, self._settled = key, described
+        return self._plans
+
+    def _fingerprint(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What decides which state the parameters of a group have, and how weights are written."""
+        return (group["rounding"], *self._structure(group))
+
+    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The options of a group that decide which state its parameters have."""
+        options = (*STRUCTURAL, "projector", "lazy", "carry", "proj_rule", "num_heads")
+        return (*(group.get(name) for name in options), group["betas"][0] > 0)
+
+    def _described(self) -> dict[Tensor, dict[str, Spec]]:
+        """Describe the state of every parameter."""
+        return {param: self._state_of(param, plan.view, plan.group) for plan in self._plans for param in plan.params}
+
+    def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
+        """Orient an eligible parameter of a group; None leaves it plain.
+
+        Eligible are weights of two dimensions or more (viewed as first x rest) whose smaller side exceeds the rank.
+        The authors' code projects at `rank >= min(m, n)` too, in a square basis, and so does `compat="official"`.
+        """
+        if param.ndim < 2 or 0 in param.shape:
+            return None
+        hyper, shape = Hyper.of(group), matrix_shape(param.shape)
+        rank = hyper.rank_for(shape)
+        if rank is None or (rank >= min(shape) and not hyper.official):
+            return None
+        if hyper.num_heads is not None:
+            check_rows(shape, hyper.num_heads, rank)
+        return MatrixView.of(param.shape, rank, hyper.side)
+
+    def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
+        """Describe the state of a parameter of a group."""
+        return state.specs(param, view, Hyper.of(group))
+
+    def _state_of(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
+        """The same with the correction of a weight that is written with one."""
+        options = self.param_groups[group]
+        return self._specs(param, view, options) | target.specs(param, options["rounding"])
+
+    def full_precision(self, param: Tensor) -> Tensor:
+        """The value of a parameter in fp32, with its correction where `rounding="compensated"` keeps one."""
+        held = self.state.get(param, {})
+        correction = held.get(target.CORRECTION)
+        return param.detach().float() if correction is None else join(param.detach(), correction)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, keeping this optimizer's dtypes, devices and structure.
+
+        torch casts every state tensor to the dtype of its parameter; ours stay what they are.
+
+        Args:
+            state_dict: What `state_dict()` returned.
+
+        Raises:
+            ValueError: The checkpoint is of another rank, side, rule or method; nothing is loaded.
+        """
+        load_keeping(self, super().load_state_dict, state_dict, self._restore)
+
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        order = [key for group in loaded["param_groups"] for key in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        self._plans, self._plans_key = make_plans(self.param_groups, self._view), None
+        described = self._settled = self._described()
+        for position, (key, param) in enumerate(zip(order, params, strict=True)):
+            saved = loaded["state"].get(key)
+            if saved:
+                label = f"parameter {position} {tuple(param.shape)}"
+                self.state[param] = restore(saved, described[param], label)
+
+    def summary(self) -> Summary:
+        """Tell what was matched: one row a bucket with shape, count, side, rank and bytes of state.
+
+        The bytes are computed from metadata and equal what the first step allocates; print the result for a table.
+        """
+        return summarise(self._planned(), self._state_of)
+
+    def skipped_refreshes(self) -> int:
+        """Count the refreshes skipped so far because a gradient was zero or not finite, over all matrices."""
+        return sum(int(held["skipped_refreshes"]) for held in self.state.values() if "skipped_refreshes" in held)
+
+
+def seen(param: Tensor) -> tuple[Any, ...]:
+    """What of a parameter decides its bucket: another object, or one that was cast, moved or reshaped, is another."""
+    return id(param), param.dtype, param.device, param.shape

@@ -1,0 +1,96 @@
+"""State that exists, brought to what its group needs now: options and dtypes may change after the first step.
+
+cast or moved        floating state follows the parameter and `state_dtype`
+switched on          a momentum, a correction of rounding or a counter starts at zero
+switched off         state that nothing reads any more is dropped
+everything else      is refused: other shapes, codes of 8 bits for numbers or other codes, second moments that
+would start at zero at Adam's old step count
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.rounding import converted
+from .spec import Spec
+from .state import AGE, zeros
+from .target import CORRECTION
+
+Described = Mapping[Tensor, Mapping[str, Spec]]
+
+
+def reconcile(states: MutableMapping[Any, dict[str, Tensor]], described: Described, before: Described) -> None:
+    """Drop the state of parameters that left, and convert or refuse what no longer fits; nothing changes if refused.
+
+    Args:
+        states: The state of an optimizer.
+        described: What it should be.
+        before: What it was described as the last time.
+
+    Raises:
+        ValueError: State cannot be converted to what a group needs now.
+    """
+    settled = {
+        param: _settle(param, held, described[param], before.get(param, {}))
+        for param, held in states.items()
+        if held and param in described
+    }
+    for param in [p for p in states if isinstance(p, Tensor) and p not in described]:
+        del states[param]
+    for param, held in settled.items():
+        states[param].clear()
+        states[param].update(held)
+
+
+def _settle(
+    param: Tensor, held: Mapping[str, Tensor], specs: Mapping[str, Spec], before: Mapping[str, Spec]
+) -> dict[str, Tensor]:
+    settled = {}
+    for name, spec in specs.items():
+        if name not in held:
+            settled[name] = _started(param, name, spec, held)
+            continue
+        value = held[name]
+        recoded = name in before and before[name].form != spec.form
+        if tuple(value.shape) != spec.shape or recoded or not _converts(name, value, spec):
+            raise ValueError(
+                f"{name} of a {tuple(param.shape)} parameter is {value.dtype} {tuple(value.shape)}, its group now "
+                f"needs {spec.dtype} {spec.shape}{f' in another code, {spec.form}' if recoded and spec.form else ''}: "
+                f"{_options(name)} cannot change so after the first step; set back what was changed, or construct a "
+                "new optimizer"
+            )
+        fits = value.dtype == spec.dtype
+        settled[name] = (value if fits else _cast(name, value, spec.dtype)).to(spec.device)
+    return settled
+
+
+def _started(param: Tensor, name: str, spec: Spec, held: Mapping[str, Tensor]) -> Tensor:
+    """State at zero, where zero is how it starts whenever that is."""
+    prefix, drifts, _ = name.partition("exp_avg_sq")
+    if (drifts and f"{prefix}step" in held) or name == AGE:
+        raise ValueError(
+            f"{name} of a {tuple(param.shape)} parameter does not exist after {int(held['step'])} steps: "
+            f"{_options(name)} cannot change so after the first; set back what was changed, or construct a new "
+            "optimizer"
+        )
+    return zeros({name: spec})[name]
+
+
+def _converts(name: str, value: Tensor, spec: Spec) -> bool:
+    both = value.dtype.is_floating_point and spec.dtype.is_floating_point
+    return value.dtype == spec.dtype or both or name == CORRECTION
+
+
+def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    return converted(value, dtype) if name == CORRECTION else value.to(dtype)
+
+
+def _options(name: str) -> str:
+    """The options that decide over a state."""
+    if name.startswith("basis"):
+        return "rank, density, proj_type, projector, num_heads and basis_dtype"
+    return "rule, rank, density, proj_type, carry and state_dtype"
