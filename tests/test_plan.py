@@ -114,7 +114,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "online": lambda m: OnlineSubspaceDescent(param_groups(m, rank=32)),
     "lowrank-dct": lambda m: LowRank(param_groups(m, rank=32), projector="dct", residual="norm", carry="keep"),
     "flora": lambda m: Flora(param_groups(m, rank=32)),
-    "adafactor": lambda m: Adafactor(m.parameters(), beta1=0.9, momentum_dtype="8bit"),
+    "adafactor": lambda m: Adafactor(m.parameters(), beta1=0.9, state_dtype="8bit"),
 }
 
 
