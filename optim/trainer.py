@@ -1,0 +1,195 @@
+"""Hugging Face Trainer's strings for GaLore, built by this package; `compat.install` puts this in place."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import inspect
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from . import presets
+from .core.lifecycle import Lifecycle
+from .core.optimizer import SubspaceOptimizer
+from .release import enable_gradient_release
+
+logger = logging.getLogger(__name__)
+
+STRINGS: dict[str, type[Lifecycle]] = {
+    "galore_adamw": presets.GaLoreAdamW,
+    "galore_adamw_8bit": presets.GaLoreAdamW8bit,
+    "galore_adafactor": presets.GaLoreAdafactor,
+}
+"""Values of `TrainingArguments(optim=...)`; each has a twin that ends in "_layerwise"."""
+
+LAYERWISE = "_layerwise"
+
+GROUP = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+"""Options of the projected group with the Trainer's defaults."""
+
+
+def patch() -> Callable[[], None]:
+    """Let the Trainer build our optimizers for their strings; return what restores it."""
+    from transformers import Trainer
+    from transformers.utils import is_galore_torch_available
+
+    original = Trainer.create_optimizer
+
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None:
+            model = kwargs.get("model", args[0] if args else None)
+            self.optimizer = _for_trainer(self, self.model if model is None else model)
+        return original(self, *args, **kwargs)  # finds an optimizer of ours, or builds its own
+
+    def restore() -> None:
+        Trainer.create_optimizer = original
+        forget()
+
+    # Whether the package is installed is asked once and remembered.
+    forget = getattr(is_galore_torch_available, "cache_clear", lambda: None)
+    forget()
+    Trainer.create_optimizer = create_optimizer
+    return restore
+
+
+def _for_trainer(trainer: Any, model: nn.Module) -> Lifecycle | None:
+    """Build what `args.optim` names; None where it is none of ours."""
+    args, name = trainer.args, str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    layerwise = name.endswith(LAYERWISE)
+    cls = STRINGS.get(name.removesuffix(LAYERWISE))
+    if cls is None:
+        if name.startswith("apollo_") and importlib.util.find_spec("apollo_torch") is None:
+            raise NotImplementedError(_no_apollo(name))
+        return None
+    if layerwise:
+        _check_layerwise(args, name)
+    given = _options(args.optim_args, cls)
+    group = {key: given.pop(key, default) for key, default in GROUP.items()}
+    if cls is presets.GaLoreAdafactor:
+        given = {"scale_parameter": False, "relative_step": False, **given}
+    else:
+        given |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    groups = _groups(trainer, model, {**group, "weight_decay": args.weight_decay})
+    optimizer = cls(groups, lr=args.learning_rate, weight_decay=args.weight_decay, **given)  # type: ignore[call-arg]
+    logger.info("%s: %d matrices are projected, %s", name, len(groups[-1]["params"]), group)
+    trainer.remove_callback(_release_callback())
+    if layerwise:
+        trainer.add_callback(_release_callback()(optimizer))
+    return optimizer
+
+
+def _groups(trainer: Any, model: nn.Module, projected: dict[str, Any]) -> list[dict[str, Any]]:
+    """Plain parameters without and with decay, and the weights that `optim_target_modules` names, last."""
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    chosen = {name: param for name, param in params.items() if name in _targets(trainer.args, model)}
+    if not chosen:
+        raise ValueError(f"optim_target_modules={trainer.args.optim_target_modules!r}: all that it names is frozen")
+    decays = set(trainer.get_decay_parameter_names(model))
+    plain = [param for name, param in params.items() if name not in chosen and name not in decays]
+    decayed = [param for name, param in params.items() if name not in chosen and name in decays]
+    groups = [
+        {"params": plain, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": projected["weight_decay"]},
+        {"params": list(chosen.values()), **projected},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _targets(args: Any, model: nn.Module) -> set[str]:
+    """Names of the weights of the linear layers that the Trainer's rules match: a regex, a list or "all-linear"."""
+    from transformers.trainer_utils import check_target_module_exists
+
+    asked = args.optim_target_modules
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if asked is None or not isinstance(asked, (str, list)):
+        raise ValueError(
+            f"optim_target_modules={asked!r}: name the linear layers that are projected, as "
+            'TrainingArguments(optim_target_modules=["attn", "mlp"]), or "all-linear"'
+        )
+    if isinstance(asked, str) and asked.replace("_", "-") == "all-linear":
+        return {f"{name}.weight" for name in linear}
+    matched: set[str] = set()
+    for pattern in [asked] if isinstance(asked, str) else asked:
+        found = {name for name in linear if check_target_module_exists(asked if pattern is asked else [pattern], name)}
+        if not found:
+            raise ValueError(
+                f"optim_target_modules: {pattern!r} matches no linear layer of {', '.join(linear[:8])}, ..."
+            )
+        matched |= {f"{name}.weight" for name in found}
+    return matched
+
+
+def _options(text: str | None, cls: type[Lifecycle]) -> dict[str, Any]:
+    """Read `optim_args`, "rank=64, projector=sketch", as options of a class."""
+    accepted = {name for base in (cls, SubspaceOptimizer) for name in inspect.signature(base).parameters}
+    accepted -= {"params", "options", "lr", "betas", "eps", "weight_decay"}  # TrainingArguments has them
+    found = {}
+    for item in filter(None, (text or "").replace(" ", "").split(",")):
+        key, _, value = item.partition("=")
+        if key not in accepted or not value:
+            near = difflib.get_close_matches(key, accepted, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it may have {', '.join(sorted(accepted))}"
+            raise ValueError(f"optim_args={text!r}: {item!r} is no option of {cls.__name__}; {hint}")
+        found[key] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):  # a name, as std or 8bit
+        return text
+
+
+def _check_layerwise(args: Any, name: str) -> None:
+    """Refuse what needs the gradients of all parameters at once."""
+    steps, plain = args.gradient_accumulation_steps, name.removesuffix(LAYERWISE)
+    needed = {
+        "max_grad_norm": (args.max_grad_norm, 0),
+        "gradient_accumulation_steps": (steps, 1),
+        "fp16": (args.fp16, False),
+        "world_size": (args.world_size, 1),
+    }
+    for option, (given, offered) in needed.items():
+        if (given or 0) != offered:
+            raise ValueError(
+                f"{option}={given}: optim={name!r} uses every gradient as soon as it is there and frees it, and needs "
+                f"{option}={offered}; pass that, or optim={plain!r}"
+            )
+
+
+@cache
+def _release_callback() -> Any:
+    """The class of the callback that releases gradients while the Trainer trains."""
+    from transformers import TrainerCallback
+
+    class ReleaseGradients(TrainerCallback):  # type: ignore[misc]
+        """Hooks exist from the beginning to the end of training, or to the next beginning after an exception."""
+
+        def __init__(self, optimizer: Lifecycle) -> None:
+            self.optimizer = optimizer
+            self.handle: Any = None
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.on_train_end(args, state, control)
+            self.handle = enable_gradient_release(kwargs["model"], self.optimizer)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.handle is not None:
+                self.handle.remove()
+
+    return ReleaseGradients
+
+
+def _no_apollo(name: str) -> str:
+    return (
+        f"optim={name!r}: APOLLO is not offered, and apollo_torch is not installed. Its bases are Gaussian and not "
+        "orthonormal; nearest are Trainer(optimizers=(optimizer, None)) with optimizer = "
+        'LowRank(param_groups(model, rank=256), lr=1e-2, projector="random", residual="channel", carry="keep"), which '
+        'rescales rows of the gradient likewise in orthonormal random bases, Fira, or optim="galore_adamw"'
+    )
