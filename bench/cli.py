@@ -29,7 +29,9 @@ def _run() -> int:
     import typer
 
     from .commands import app
+    from .finetune import finetune
 
+    app.command()(finetune)
     # Newer releases of typer carry a private copy of click, so its base error is reached through the public subclass.
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
