@@ -1,12 +1,24 @@
-"""Parameter groups of a model: which matrices are projected."""
+"""Parameter groups of a model: which matrices are projected, and at which rank."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from .targets import (
+    ALL_LINEAR,
+    Names,
+    linear_layers,
+    listed,
+    named_layers,
+    papers,
+    quantised_layers,
+    ranks_of,
+    undecayed,
+    without,
+)
 
 QUERY_NAMES = ("q_proj", "query", "q_lin")
 KEY_NAMES = ("k_proj", "key", "k_lin")
@@ -17,62 +29,117 @@ FUSED_NAMES = {"phi3": "qkv_proj", "modernbert": "Wqkv", "mpt": "Wqkv", "dbrx": 
 
 BY_HAND = 'write the groups yourself, as {"params": [...], "rank": 128, "projector": "cross_head", "num_heads": 32}'
 
-HEAD_NAMES = ("lm_head", "embed_out", "output_projection", "score", "classifier")
-"""Last parts of the names of output layers, which the papers leave full-rank."""
+Pairs = list[tuple[str, nn.Parameter]]
 
 
 def param_groups(
     model: nn.Module,
-    rank: int | str = 128,
-    targets: str | Sequence[str] | None = None,
+    rank: int | str | Mapping[str, int | str] = 128,
+    targets: Names | None = None,
     *,
+    exclude: Names = (),
+    weight_decay_exclude: bool | Names | Callable[[str, Tensor], bool] | None = None,
     named: bool = False,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Split the trainable parameters of a model into plain ones and projected ones, as the papers do.
 
+        param_groups(model, rank=128)                                    # linear layers but the output head
+        param_groups(model, rank={"attn": 64, "mlp": 128})
+        param_groups(model, rank=128, targets=["attn", "mlp"], exclude=["k_proj"], weight_decay_exclude=True)
+
     Projected are the weights of linear layers (`nn.Linear`, and Hugging Face's `Conv1D`) but for the output head and
-    weights tied to an embedding; embeddings, head, norms, biases and everything else are plain.
+    weights tied to an embedding; embeddings, head, norms, biases, stacks of experts (experts, m, n) and everything else
+    are plain. A shared weight is in one group, once. Frozen parameters and quantised layers are in none: what is
+    unfrozen later is added by `optimizer.add_param_group`. `matched(model, groups)` tells all of it by name.
 
     Args:
         model: The model.
         rank: Rank of the projected group, "auto" to leave it to the gradients; a `density` among the options is taken
-            in its place.
-        targets: Which linear layers instead: regular expressions searched in the layers' names, as `["attn", "mlp"]`.
+            in its place. A mapping gives layers the rank of the first of its patterns that matches their name, a group
+            for every rank; patterns are those of a list of `targets`.
+        targets: Which layers instead, as in transformers: a string is a regular expression for a layer's whole name;
+            a list has names, parts of names (`"q_proj"`, `"attn"`) and expressions for whole names. Convolutions can
+            be named, and are projected as (out, rest) matrices. "all-linear" is the default.
+        exclude: Which of these layers are plain after all, in the same notation. Default: none.
+        weight_decay_exclude: Which parameters do not decay, in groups of their own: the same notation for names of
+            parameters, a function of name and parameter, or True for biases and weights of norms, as in
+            transformers. Default: all decay alike, as in torch.
         named: Return (name, parameter) pairs, which `BAdam` and `LISA` find the layers by.
-        options: Further options of the projected group, as `update_proj_gap=100`.
+        options: Further options of the projected groups, as `update_proj_gap=100`.
 
     Returns:
-        Two groups (the plain one is left out if it is empty), for the constructor of any optimizer of the package.
+        Plain groups (left out if empty), then projected ones, for the constructor of any optimizer of the package.
 
     Raises:
-        ValueError: Nothing is matched, or one of `targets` matches no linear layer.
+        ValueError: Nothing is matched, or a pattern matches no layer or parameter.
     """
-    layers = dict(_linear_layers(model))
-    chosen = _matching(layers, targets) if targets is not None else _papers(model, layers)
-    weights = {id(layers[name].weight) for name in chosen}
-    # By layer, whose order is the model's, and once where layers share a weight.
+    layers = _chosen(model, targets, exclude)
     names = {id(param): (name, param) for name, param in model.named_parameters() if param.requires_grad}
-    projected = [names[key] for key in dict.fromkeys(id(layers[name].weight) for name in chosen) if key in names]
+    # By layer, whose order is the model's, and once where layers share a weight.
+    owners = {id(layer.weight): name for name, layer in reversed(layers.items()) if id(layer.weight) in names}
+    projected = [key for key in dict.fromkeys(id(layer.weight) for layer in layers.values()) if key in owners]
     if not projected:
-        raise ValueError(
-            f"no trainable linear layer of {type(model).__name__} is projected; pass targets=[...] with parts of the "
-            f"names of some: {', '.join(list(layers)[:8]) or 'it has no linear layers'}"
-        )
-    plain = [pair for key, pair in names.items() if key not in weights]
-    size = {} if "density" in options else {"rank": rank}
-    groups: list[dict[str, Any]] = [{"params": plain}] if plain else []
-    groups.append({"params": projected, **size, **options})
+        raise ValueError(_nothing(model))
+    plain = [pair for key, pair in names.items() if key not in owners]
+    still = undecayed(model, [name for name, _ in names.values()], weight_decay_exclude)
+    groups = list(_by_decay({}, plain, still))
+    for size, keys in _by_rank(projected, owners, rank, "density" in options):
+        groups += _by_decay({**size, **options}, [names[key] for key in keys], still)
     if not named:
         for group in groups:
             group["params"] = [param for _, param in group["params"]]
     return groups
 
 
+def _chosen(model: nn.Module, targets: Names | None, exclude: Names) -> dict[str, Any]:
+    layers = linear_layers(model)
+    if targets is None or targets == ALL_LINEAR:
+        chosen = {name: layers[name] for name in papers(model, layers)}
+    else:
+        chosen = named_layers(model, layers, targets)
+    return {name: chosen[name] for name in without(chosen, exclude)} if exclude else chosen
+
+
+def _nothing(model: nn.Module) -> str:
+    found = f"no trainable linear layer of {type(model).__name__} is projected"
+    if quantised := quantised_layers(model):
+        return (
+            f"{found}: {listed(quantised)} are quantised, and no optimizer can train codes; load the model without "
+            'quantization_config, or name its adapters: targets=["lora_A", "lora_B"]'
+        )
+    every = listed(list(linear_layers(model)))
+    return f"{found}; pass targets=[...] with parts of the names of some that are not frozen, of: {every}"
+
+
+def _by_rank(
+    keys: list[int], owners: Mapping[int, str], rank: int | str | Mapping[str, int | str], density: bool
+) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """The size of every projected group, and its weights."""
+    if not isinstance(rank, Mapping):
+        yield {} if density else {"rank": rank}, keys
+        return
+    if density:
+        raise ValueError(f"got density and rank={dict(rank)!r}: pass one of the two")
+    found = ranks_of([owners[key] for key in keys], rank)
+    for value in dict.fromkeys(rank.values()):
+        yield {"rank": value}, [key for key in keys if found[owners[key]] == value]
+
+
+def _by_decay(options: dict[str, Any], pairs: Pairs, still: set[str]) -> Iterator[dict[str, Any]]:
+    """A group, and one more for its parameters that do not decay."""
+    for part, extra in (
+        ([pair for pair in pairs if pair[0] not in still], {}),
+        ([pair for pair in pairs if pair[0] in still], {"weight_decay": 0.0}),
+    ):
+        if part:
+            yield {"params": part, **options, **extra}
+
+
 def head_groups(
     model: nn.Module,
-    rank: int | str = 128,
-    targets: str | Sequence[str] | None = None,
+    rank: int | str | Mapping[str, int | str] = 128,
+    targets: Names | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Split as `param_groups` does, with groups of their own for query and key layers, whose heads share a basis.
@@ -82,9 +149,9 @@ def head_groups(
 
     Args:
         model: The model.
-        rank: Rank of the projected groups.
-        targets: Which linear layers are projected, as in `param_groups`.
-        options: Further options of the projected groups, as `update_proj_gap=100`.
+        rank: Rank of the projected groups, as in `param_groups`.
+        targets: Which layers are projected, as in `param_groups`.
+        options: Its other arguments, and further options of the projected groups, as `update_proj_gap=100`.
 
     Returns:
         The plain group, the ordinary projected one, and one for every `num_heads`; empty ones are left out.
@@ -94,10 +161,10 @@ def head_groups(
     """
     if options.pop("named", False):
         raise ValueError("named=True: head_groups returns parameters without names, which no method with heads needs")
-    *plain, projected = param_groups(model, rank, targets, **options)
-    chosen = {id(param) for param in projected["params"]}
+    groups = param_groups(model, rank, targets, **options)
+    chosen = {id(param) for group in groups if _is_projected(group) for param in group["params"]}
     heads: dict[int, int | tuple[tuple[int, int | None], ...]] = {}
-    for name, layer in _linear_layers(model):
+    for name, layer in linear_layers(model).items():
         if id(layer.weight) in chosen and (found := _heads_of(model, name, layer)) is not None:
             heads[id(layer.weight)] = found
     if not heads:
@@ -105,7 +172,11 @@ def head_groups(
             f"no projected linear layer of {type(model).__name__} is a query or key layer by name ({QUERY_NAMES}, "
             f"{KEY_NAMES}, fused {FUSED_NAMES}): {BY_HAND}"
         )
-    return [*plain, *_by_heads(projected, heads)]
+    return [part for group in groups for part in (_by_heads(group, heads) if _is_projected(group) else [group])]
+
+
+def _is_projected(group: Mapping[str, Any]) -> bool:
+    return "rank" in group or "density" in group
 
 
 def _by_heads(projected: dict[str, Any], heads: dict[int, Any]) -> Iterator[dict[str, Any]]:
@@ -136,30 +207,3 @@ def _heads_of(model: nn.Module, name: str, layer: Any) -> int | tuple[tuple[int,
         return int(queries if last in QUERY_NAMES else keys)
     size = len(layer.weight) // (queries + 2 * keys)
     return ((queries * size, queries), (keys * size, keys), (keys * size, None))
-
-
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in model.named_modules():
-        # Hugging Face's GPT-2 layer is a linear layer with a transposed weight; by name, to not import transformers.
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-            yield name, module
-
-
-def _papers(model: nn.Module, layers: dict[str, Any]) -> list[str]:
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    find_head = getattr(model, "get_output_embeddings", lambda: None)
-    head = getattr(find_head(), "weight", None)
-    return [
-        name
-        for name, layer in layers.items()
-        if id(layer.weight) not in embeddings and layer.weight is not head and name.split(".")[-1] not in HEAD_NAMES
-    ]
-
-
-def _matching(layers: dict[str, Any], targets: str | Sequence[str]) -> list[str]:
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    for pattern in patterns:
-        if not any(re.search(pattern, name) for name in layers):
-            names = ", ".join(list(layers)[:8])
-            raise ValueError(f"target {pattern!r} matches no linear layer; there are {names}, ...")
-    return [name for name in layers if any(re.search(pattern, name) for pattern in patterns)]

@@ -1,0 +1,181 @@
+"""Which layers of a model are meant by a name: Hugging Face's rules, and what cannot be projected."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+ALL_LINEAR = "all-linear"
+Names = str | Sequence[str]
+
+HEAD_NAMES = ("lm_head", "embed_out", "output_projection", "score", "classifier")
+"""Last parts of the names of output layers, which the papers leave full-rank."""
+
+QUANTISED = ("Params4bit", "Int8Params")
+"""Weights of bitsandbytes, which say that they are floats until they are moved to a GPU."""
+
+
+def linear_layers(model: nn.Module) -> dict[str, Any]:
+    """Layers whose weight is a matrix that can be trained, or could if it were not frozen, by name."""
+    # Hugging Face's GPT-2 layer is a linear layer with a transposed weight; by name, to not import transformers.
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and not is_quantised(module)
+    }
+
+
+def papers(model: nn.Module, layers: Mapping[str, Any]) -> list[str]:
+    """Leave out the output head and weights tied to an embedding."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    find_head = getattr(model, "get_output_embeddings", lambda: None)
+    head = getattr(find_head(), "weight", None)
+    return [
+        name
+        for name, layer in layers.items()
+        if id(layer.weight) not in embeddings and layer.weight is not head and name.split(".")[-1] not in HEAD_NAMES
+    ]
+
+
+def named_layers(model: nn.Module, layers: Mapping[str, Any], targets: Names) -> dict[str, Any]:
+    """The linear and convolutional layers that `targets` mean.
+
+    Raises:
+        ValueError: One of `targets` means none of them; the error tells what it does mean, if anything.
+    """
+    convolutions = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
+    candidates = {**layers, **convolutions}
+    for target in _each(targets):
+        if not matching(candidates, target):
+            raise ValueError(_nothing(model, layers, target))
+    return {name: candidates[name] for name in matching(candidates, targets)}
+
+
+def matching(names: Iterable[str], targets: Names) -> list[str]:
+    """The names that targets match: a string is an expression for a whole name; of a list, each is tried as below."""
+    return [name for name in names if _matches(name, targets)]
+
+
+def _matches(name: str, targets: Names) -> bool:
+    """A list's entries are whole names, parts of one, or expressions for a whole one, as in transformers."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(part in name or re.fullmatch(part, name) for part in targets)
+
+
+def without(names: Iterable[str], exclude: Names) -> list[str]:
+    """The names that none of `exclude` matches.
+
+    Raises:
+        ValueError: One of them matches none.
+    """
+    every = list(names)
+    for pattern in _each(exclude):
+        if not matching(every, pattern):
+            raise ValueError(f"exclude {_shown(pattern)} matches none of {listed(every)}{_hint('exclude', pattern)}")
+    return [name for name in every if not _matches(name, exclude)]
+
+
+def ranks_of(names: Sequence[str], ranks: Mapping[str, int | str]) -> dict[str, int | str]:
+    """The rank of every name, that of the first pattern (a name, a part of one or an expression) which matches it.
+
+    Raises:
+        ValueError: A pattern decides no name, or a name has no pattern.
+    """
+    found: dict[str, int | str] = {}
+    for pattern, rank in ranks.items():
+        fresh = [name for name in matching(names, [pattern]) if name not in found]
+        if not fresh:
+            raise ValueError(f"rank pattern {pattern!r} matches none of the layers left to it, of {listed(names)}")
+        found |= dict.fromkeys(fresh, rank)
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f'no rank for {listed(missing)}: add ".*": 128 as the last pattern, or exclude=[...] them')
+    return found
+
+
+def undecayed(
+    model: nn.Module, names: Sequence[str], exclude: bool | Names | Callable[[str, Tensor], bool] | None
+) -> set[str]:
+    """Names of the parameters that do not decay.
+
+    Raises:
+        ValueError: A pattern matches no parameter.
+    """
+    if exclude is None or exclude is False:
+        return set()
+    if callable(exclude):
+        return {name for name in names if exclude(name, model.get_parameter(name))}
+    if exclude is True:
+        norms = {name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()}
+        return {name for name in names if name.rpartition(".")[2] == "bias" or name.rpartition(".")[0] in norms}
+    for pattern in _each(exclude):
+        if not matching(names, pattern):
+            raise ValueError(
+                f"weight_decay_exclude {_shown(pattern)} matches none of {listed(names)}"
+                f"{_hint('weight_decay_exclude', pattern)}"
+            )
+    return set(matching(names, exclude))
+
+
+def is_quantised(layer: Any) -> bool:
+    """Tell whether a layer holds codes instead of numbers (bitsandbytes, GPTQ, torchao)."""
+    weight = getattr(layer, "weight", None)
+    if hasattr(layer, "qweight"):
+        return True
+    if not isinstance(weight, Tensor):
+        return False
+    coded = type(weight).__name__ in QUANTISED or type(weight).__module__.startswith("torchao")
+    return not weight.is_floating_point() or (coded and not weight.requires_grad)
+
+
+def quantised_layers(model: nn.Module) -> list[str]:
+    """Names of layers that hold codes."""
+    return [name for name, module in model.named_modules() if is_quantised(module)]
+
+
+def stacks(model: nn.Module) -> list[str]:
+    """Names of parameters (experts, m, n) that hold one matrix for every expert, as fused mixtures of experts do."""
+    owners = {name: module for name, module in model.named_modules() if not isinstance(module, _ConvNd)}
+    return [n for n, param in model.named_parameters() if param.ndim == 3 and n.rpartition(".")[0] in owners]
+
+
+def listed(names: Sequence[str]) -> str:
+    """A few names for an error."""
+    return ", ".join(names[:8]) + (f", ... ({len(names)} in all)" if len(names) > 8 else "") or "nothing"
+
+
+def _nothing(model: nn.Module, layers: Mapping[str, Any], target: Names) -> str:
+    shown = _shown(target)
+    if found := matching(quantised_layers(model), target):
+        return (
+            f"target {shown} matches no linear layer but quantised ones, {listed(found)}, whose codes no optimizer can "
+            'train: load the model without quantization_config, or name its adapters: targets=["lora_A", "lora_B"]'
+        )
+    if found := [name for name in stacks(model) if _matches(name, target) or _matches(name.rpartition(".")[0], target)]:
+        return (
+            f"target {shown} matches no linear layer but stacks of experts, {listed(found)}, which would be projected "
+            "as one matrix (experts, m n) each: leave them out of targets, they are plain and take "
+            'state_dtype="8bit"; experts that are nn.Linear layers can be projected'
+        )
+    return f"target {shown} matches no linear layer; there are {listed(list(layers))}{_hint('targets', target)}"
+
+
+def _each(patterns: Names) -> Iterator[Names]:
+    if isinstance(patterns, str):
+        yield patterns
+    else:
+        yield from ([pattern] for pattern in patterns)
+
+
+def _shown(pattern: Names) -> str:
+    return repr(pattern if isinstance(pattern, str) else pattern[0])
+
+
+def _hint(argument: str, pattern: Names) -> str:
+    return (
+        f". A string must match a whole name: {argument}=[{pattern!r}] finds parts" if isinstance(pattern, str) else ""
+    )
