@@ -20,13 +20,13 @@ def finetune(
     data: Annotated[
         str, typer.Option(help="newsgroups, or a folder with train.tsv and test.tsv: lines of LABEL, tab, TEXT.")
     ] = "newsgroups",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 50,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in a step.")] = 16,
     length: Annotated[int, typer.Option(min=3, help="Tokens that a text is cut to.")] = 48,
     warmup: Annotated[float, typer.Option(help="Fraction of the steps with a growing learning rate.")] = 0.1,
     grad_clip: Annotated[float, typer.Option(help="Largest norm of the whole gradient; 0 turns clipping off.")] = 1.0,
-    validation: Annotated[int, typer.Option(min=1, help="Training texts held out to choose by.")] = 320,
-    test: Annotated[int, typer.Option(min=0, help="Test texts that count; 0 for all.")] = 640,
+    validation: Annotated[int, typer.Option(min=1, help="Training texts held out to choose by.")] = 256,
+    test: Annotated[int, typer.Option(min=0, help="Test texts that count; 0 for all.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Seed of head, order of texts, dropout and optimizer.")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of every best point: --seed and those after it.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/finetune"),

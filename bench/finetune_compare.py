@@ -26,7 +26,7 @@ from .search import repeat_runs as more_seeds
 
 GRIDS = {
     "adamw": "adamw lr=1e-4|3e-4|1e-3",
-    "random": "adamw init=random lr=1e-4|3e-4|1e-3",
+    "random": "adamw init=random lr=3e-4|1e-3|3e-3",
     "galore": "galore rank=8 update_proj_gap=20 lr=1e-3|3e-3|1e-2",
     "fira": "fira rank=8 update_proj_gap=20 lr=1e-3|3e-3|1e-2",
     "frugal": "frugal rank=8 update_proj_gap=20 lr=1e-4|3e-4|1e-3",

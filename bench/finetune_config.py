@@ -32,13 +32,13 @@ class FinetuneConfig:
 
     model: str = "minilm"
     data: str = "newsgroups"
-    steps: int = 50
+    steps: int = 40
     batch_size: int = 16
     length: int = 48
     warmup: float = 0.1
     grad_clip: float = 1.0
-    validation: int = 320
-    test: int = 640
+    validation: int = 256
+    test: int = 512
     seed: int = 0
     pretrained: bool = True
     optimizer: str = "adamw"

@@ -48,29 +48,45 @@ class Classifier(nn.Module):
         return logits
 
 
-def build_classifier(folder: Path, labels: int, config: FinetuneConfig) -> Classifier:
-    """Return the model, from the folder's weights or random ones; torch's generator is set to the run's seed.
+def read_shape(folder: Path, config: FinetuneConfig) -> Any:
+    """Return the configuration of the model in a folder, after importing all that the model needs.
 
     Raises:
-        UserError: If transformers cannot read the folder, or its positions are too few for `--length`.
+        UserError: If transformers cannot read it, or its positions are too few for `--length`.
     """
     from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    torch.manual_seed(config.seed)
     try:
         shape = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        if config.pretrained:
-            encoder = AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
-        else:
-            encoder = AutoModel.from_config(shape, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with torch.device("meta"):
+            AutoModel.from_config(shape)
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} holds no model that transformers reads: {one_line(error)}") from error
     positions = getattr(shape, "max_position_embeddings", config.length)
     if positions < config.length:
         raise UserError(f"the model of {folder} has {positions} positions: write --length {positions} or less")
+    return shape
+
+
+def build_classifier(folder: Path, shape: Any, labels: int, config: FinetuneConfig) -> Classifier:
+    """Return the model, from the folder's weights or random ones; torch's generator is set to the run's seed.
+
+    Raises:
+        UserError: If the folder has no weights of that shape.
+    """
+    from transformers import AutoModel
+
+    torch.manual_seed(config.seed)
+    if config.pretrained:
+        try:
+            encoder = AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder} holds no weights that transformers reads: {one_line(error)}") from error
+    else:
+        encoder = AutoModel.from_config(shape, dtype=torch.float32)
     # Its output is not used: without a gradient it would be counted as trained.
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
@@ -151,8 +167,9 @@ def run(folder: RunFolder, identity: Record) -> None:
     model_folder = find_model(config.model)
     texts = load_texts(find_data(config.data), config.validation, config.test)
     encode = Encoder(model_folder, config.length)
+    shape = read_shape(model_folder, config)
     start_memory = peak_memory(device)
-    model = build_classifier(model_folder, len(texts.labels), config).to(device)
+    model = build_classifier(model_folder, shape, len(texts.labels), config).to(device)
     options = parse_options(config.optimizer, run_options(config.optimizer), config.options)
     optimizer = build_optimizer(config.optimizer, options, model, config.seed)
     task = Task(config, model, optimizer, encode, device)
