@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
+from .core.accumulation import Own
 from .core.lifecycle import Lifecycle
+from .core.released import Clip, Cycle
+
+AVERAGED = (
+    "a DistributedDataParallel model averages its gradients after they are complete, when release has used them; train "
+    "without release, or shard with fully_shard(model)"
+)
 
 
 class GradientRelease:
     """The hooks of `enable_gradient_release`; a context manager that removes them at its end."""
 
-    def __init__(self, model: nn.Module, optimizer: Lifecycle) -> None:
-        held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-        self._optimizer = optimizer
-        self._hooks = [
-            param.register_post_accumulate_grad_hook(self._release)  # type: ignore[no-untyped-call]
-            for param in model.parameters()
-            if param.requires_grad and id(param) in held
+    def __init__(self, model: nn.Module, optimizer: Lifecycle, steps: int, clip: Clip) -> None:
+        self._model, self._optimizer, self._steps = model, optimizer, steps
+        self._cycle = Cycle(optimizer, Own(optimizer) if steps > 1 else None, clip)
+        self._hooks: dict[int, RemovableHandle] = {}
+        self._called = False
+        self._attach()
+        if not self._hooks:
+            raise ValueError(
+                f"no trainable parameter of the {type(model).__name__} is in the optimizer, so that nothing would be "
+                "released: construct the optimizer with model.parameters() or param_groups(model)"
+            )
+        self._watches = [
+            model.register_forward_pre_hook(self._forward),
+            optimizer.register_step_pre_hook(self._step),
         ]
+        optimizer.released = True
 
-    def _release(self, param: Tensor) -> None:
-        self._optimizer.step_one(param)
-        param.grad = None
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients of this step, or of the last, before clipping: 0-d, on the device; None before any.
+
+        Of gradients that were accumulated in the subspace it is the part within it.
+        """
+        return self._cycle.norm()
 
     def remove(self) -> None:
         """Take the hooks away: gradients are kept again, and `optimizer.step()` is due."""
-        while self._hooks:
-            self._hooks.pop().remove()
+        self._cycle.hand_over()
+        for handle in (*self._hooks.values(), *self._watches):
+            handle.remove()
+        self._hooks.clear()
+        self._optimizer.released = False
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -39,39 +64,92 @@ class GradientRelease:
     ) -> None:
         self.remove()
 
+    def _attach(self) -> None:
+        """Hook parameters that have none yet: those that were unfrozen, or added to the optimizer, as well."""
+        held = {id(param) for group in self._optimizer.param_groups for param in group["params"]}
+        for param in self._model.parameters():
+            if param.requires_grad and id(param) in held and id(param) not in self._hooks:
+                hook: RemovableHandle = param.register_post_accumulate_grad_hook(self._release)  # type: ignore[no-untyped-call]
+                self._hooks[id(param)] = hook
 
-def enable_gradient_release(model: nn.Module, optimizer: Lifecycle) -> GradientRelease:
+    def _forward(self, model: nn.Module, args: Any) -> None:
+        """A forward pass begins: what was stepped in the last one may be stepped again."""
+        if torch.is_grad_enabled():
+            if DistributedDataParallel._active_ddp_module is not None:
+                raise RuntimeError(f"gradient release: {AVERAGED}")
+            self._attach()
+            self._called = True
+            if self._cycle.stepped:
+                self._cycle.end()
+
+    def _step(self, optimizer: Any, args: Any, options: Any) -> None:
+        """`optimizer.step()` ends a cycle, whatever came; gradients without a hook are its own to step."""
+        self._cycle.end()
+
+    def _release(self, param: Tensor) -> None:
+        cycle = self._cycle
+        if id(param) in cycle.stepped:
+            if self._called:
+                raise RuntimeError(
+                    f"a {tuple(param.shape)} parameter got a second gradient after it was stepped, without a forward "
+                    "pass between: a graph was used twice, or a tied weight is checkpointed in parts; checkpoint with "
+                    "use_reentrant=False, or train without release"
+                )
+            cycle.end()
+        if cycle.add(param) >= self._steps:
+            cycle.step(param)
+
+
+def enable_gradient_release(
+    model: nn.Module,
+    optimizer: Lifecycle,
+    accumulation_steps: int = 1,
+    *,
+    max_norm: float | None = None,
+    clip_by: str = "previous",
+) -> GradientRelease:
     """Step every parameter within `loss.backward()` and free its gradient at once.
 
         handle = enable_gradient_release(model, optimizer)
-        loss.backward()          # weights are up to date after it
-        optimizer.step()         # finds no gradients and does nothing; schedulers may want the call
-        scheduler.step()
+        for batch in batches:
+            loss(batch).backward()   # weights are up to date after it
+            optimizer.step()         # as always: ends the step, and runs its hooks
+            scheduler.step()
+            optimizer.zero_grad()
 
     At most a few gradients exist at a time, instead of one for every parameter. The optimizer is one real optimizer:
-    its state dict is complete, and rates set by a scheduler take effect in the next backward pass. Every backward pass
-    is a step, so gradients are not accumulated over several, and clipping a global norm afterwards finds nothing.
+    its state dict is complete, and rates set by a scheduler take effect in the next backward pass.
+
+    With `accumulation_steps=k` parameters are stepped in the k-th backward pass, or by an earlier `optimizer.step()`.
+    Until then gradients of projected matrices are summed in the subspace, `R <- R + A P` (a, r), which is exact for
+    methods that use nothing else of them between two refreshes (GaLore); those of plain parameters, and of matrices
+    whose refresh is due, are kept whole. Divide the losses by k, as for any accumulation.
 
     Args:
         model: The model; weights that it ties are stepped once, by the sum of their gradients.
         optimizer: Any optimizer of this package. Parameters that it does not have keep their gradients.
+        accumulation_steps: Backward passes in a step.
+        max_norm: Largest norm of the gradients; None does not clip.
+        clip_by: "previous": every gradient is scaled by `min(1, max_norm / n)`, n the norm of all gradients of the step
+            before (in the first step by its own norm); "matrix": every gradient by its own norm.
 
     Returns:
-        A handle with `remove()`, which is a context manager too.
+        A handle with `remove()` and `grad_norm`, which is a context manager too.
 
     Raises:
         TypeError: The optimizer is not of this package.
-        ValueError: The model averages gradients over processes after they are complete, or the optimizer needs the
-            gradients of all parameters at once.
+        ValueError: An option is out of range; nothing of the model is in the optimizer; the model averages gradients
+            over processes after they are complete; the optimizer needs the gradients of all parameters at once, or
+            with `accumulation_steps` whole gradients.
+        RuntimeError: Later: a GradScaler steps the optimizer, or a graph is used twice.
     """
     if not isinstance(optimizer, Lifecycle):
         raise TypeError(f"got a {type(optimizer).__name__}: gradient release needs an optimizer of lowmem.optim")
     if isinstance(model, DistributedDataParallel):
-        raise ValueError(
-            "got a DistributedDataParallel model: its gradients are averaged after they are complete, when release "
-            "would have used them; train without release, or shard with fully_shard(model)"
-        )
+        raise ValueError(f"got a DistributedDataParallel model: {AVERAGED}")
+    if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+        raise ValueError(f"Invalid accumulation_steps: {accumulation_steps!r}; need an integer of at least 1")
     reason = optimizer.needs_all_gradients()
     if reason is not None:
         raise ValueError(f"parameters cannot be stepped one by one: {reason}")
-    return GradientRelease(model, optimizer)
+    return GradientRelease(model, optimizer, accumulation_steps, Clip.of(max_norm, clip_by))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,169 @@ def test_released_steps_are_ordinary_steps(build: Any, net: dict[str, bool]) -> 
     assert found[0][0][-1] < found[0][0][0]
     for key, held in found[0][1].items():
         assert all(torch.equal(value, found[1][1][key][name]) for name, value in held.items())
+
+
+def batches(k: int, step: int) -> list[Tensor]:
+    return [randn(6, 12, seed=100 * step + i) for i in range(k)]
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    return (model(batch) - 1).square().mean()
+
+
+def test_micro_batches_are_accumulated_in_the_subspace_as_whole_gradients_would_be() -> None:
+    k, found = 3, []
+    for release in (False, True):
+        model = Net().double()
+        optimizer = GaLore(model.parameters(), lr=1e-2, rank=4, update_proj_gap=3)
+        handle = enable_gradient_release(model, optimizer, accumulation_steps=k) if release else None
+        for step in range(8):
+            for index, batch in enumerate(batches(k, step)):
+                (loss_of(model, batch.double()) / k).backward()
+                kept = [layer.weight.grad for layer in model.layers]
+                if (handle is not None and index == k - 1) or (handle is not None and step % 3):
+                    assert all(grad is None for grad in kept)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_parameters_that_miss_the_last_micro_batch_are_stepped_all_the_same() -> None:
+    """Experts of a mixture get gradients in some micro-batches only."""
+    found = []
+    for release in (False, True):
+        model = Net()
+        optimizer = GaLore(model.parameters(), lr=1e-2, rank=4, update_proj_gap=2)
+        if release:
+            enable_gradient_release(model, optimizer, accumulation_steps=2)
+        for step in range(4):
+            first, second = batches(2, step)
+            model(first).square().mean().backward()
+            torch.tanh(model.layers[0](second)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_step_ends_a_cycle_early_as_at_the_end_of_an_epoch() -> None:
+    model = Net()
+    optimizer = GaLore(model.parameters(), lr=1e-2, rank=4)
+    enable_gradient_release(model, optimizer, accumulation_steps=4)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model, randn(6, 12)).backward()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    optimizer.step()
+    assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("build", [Fira, Frugal, AdamW8bit, Adafactor], ids=lambda cls: cls.__name__)
+def test_methods_that_need_whole_gradients_refuse_to_accumulate(build: Any) -> None:
+    model = Net()
+    options = {} if build in (AdamW8bit, Adafactor) else {"rank": 4}
+    with pytest.raises(ValueError, match=f"{build.__name__} uses whole gradients in every step"):
+        enable_gradient_release(model, build(model.parameters(), **options), accumulation_steps=2)
+
+
+def test_parameters_unfrozen_or_added_later_are_released_too() -> None:
+    model = Net()
+    model.layers[1].requires_grad_(False)
+    late = list(model.head.parameters())
+    optimizer = GaLore([p for p in model.parameters() if p is not late[0]], lr=1e-2, rank=4)
+    with enable_gradient_release(model, optimizer):
+        loss_of(model, randn(6, 12)).backward()
+        assert late[0].grad is not None
+        model.layers[1].requires_grad_(True)
+        optimizer.add_param_group({"params": late})
+        before = [p.detach().clone() for p in model.parameters()]
+        loss_of(model, randn(6, 12)).backward()
+        assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_whose_parameters_the_optimizer_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="no trainable parameter of the Net is in the optimizer"):
+        enable_gradient_release(Net(), GaLore(Net().parameters(), rank=4))
+
+
+def test_step_one_of_a_stranger_is_refused_with_the_line_to_write() -> None:
+    with pytest.raises(ValueError, match=r"does not have this \(3, 3\) parameter: add it"):
+        GaLore(Net().parameters(), rank=4).step_one(nn.Parameter(randn(3, 3)))
+
+
+def test_a_grad_scaler_is_refused_with_the_line_to_write() -> None:
+    model = Net()
+    optimizer = GaLore(model.parameters(), rank=4)
+    scaler = torch.amp.GradScaler("cpu")
+    with enable_gradient_release(model, optimizer):
+        scaler.scale(loss_of(model, randn(6, 12))).backward()
+        with pytest.raises(RuntimeError, match=r"GradScaler with gradient release: .* torch\.autocast"):
+            scaler.step(optimizer)
+    model.zero_grad()
+    scaler.scale(loss_of(model, randn(6, 12))).backward()
+    scaler.step(optimizer)
+
+
+def test_a_graph_that_is_used_twice_is_refused() -> None:
+    model = Net(tied=True)
+
+    def forward(x: Tensor) -> Tensor:
+        return checkpoint(model.head, checkpoint(model.layers[0], x, use_reentrant=True), use_reentrant=True)
+
+    model.forward = forward  # type: ignore[method-assign]
+    enable_gradient_release(model, GaLore(model.parameters(), rank=4))
+    with pytest.raises(RuntimeError, match=r"second gradient after it was stepped.* use_reentrant=False"):
+        model(randn(6, 12).requires_grad_()).sum().backward()
+
+
+@pytest.mark.parametrize("clip_by", ["previous", "matrix"])
+def test_gradients_are_clipped_and_their_norm_is_told(clip_by: str) -> None:
+    most = 0.05
+    model, twin = Net(), Net()
+    optimizer, plain = (GaLore(net.parameters(), lr=1e-2, rank=4, rule="sgd") for net in (model, twin))
+    handle = enable_gradient_release(model, optimizer, max_norm=most, clip_by=clip_by)
+    assert handle.grad_norm is None
+    last = None
+    for step in range(5):
+        batch = randn(6, 12, seed=step)
+        loss_of(model, batch).backward()
+        optimizer.step()
+        loss_of(twin, batch).backward()
+        norms = torch.stack([p.grad.norm() for p in twin.parameters()])
+        total = norms.norm()
+        torch.testing.assert_close(handle.grad_norm, total)
+        own = clip_by == "matrix" or last is None
+        for norm, param in zip(norms, twin.parameters(), strict=True):
+            param.grad.mul_((most / ((norm if own else last) + 1e-6)).clamp(max=1.0))
+        plain.step()
+        plain.zero_grad()
+        last = total
+        for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(one, other)
+    assert last is not None
+    assert last > most
+
+
+@pytest.mark.parametrize("options", [{"accumulation_steps": 0}, {"max_norm": -1.0}, {"clip_by": "norm"}])
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    model = Net()
+    with pytest.raises(ValueError, match=f"Invalid {next(iter(options))}"):
+        enable_gradient_release(model, GaLore(model.parameters(), rank=4), **options)
+
+
+def test_a_model_that_is_wrapped_in_ddp_later_is_refused(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Net()
+        enable_gradient_release(model, GaLore(model.parameters(), rank=4))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(RuntimeError, match=r"averages its gradients after .* fully_shard\(model\)"):
+            wrapped(randn(6, 12))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_gradients_are_gone_as_soon_as_they_are_used() -> None:

@@ -23,6 +23,24 @@ class Lifecycle(Groups):
     linear_between_refreshes: bool = False
     """Between two refreshes the update takes nothing from a gradient but A P, which may be summed in its place."""
 
+    released: bool = False
+    """Gradients are released: parameters are stepped in the backward pass."""
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What a GradScaler asks before it steps; it would divide gradients that have been used already.
+
+        Raises:
+            RuntimeError: Gradients are released.
+        """
+        if self.released:
+            raise RuntimeError(
+                "got a GradScaler with gradient release: weights are stepped in the backward pass, by gradients that "
+                "are still scaled; train in bf16, torch.autocast('cuda', torch.bfloat16), which needs no scaler, or "
+                "without release, handle.remove()"
+            )
+        return False
+
     def _transient(self) -> None:
         """Set up what is derived and never saved."""
         super()._transient()

@@ -1,0 +1,121 @@
+"""A cycle of gradient release: gradients that have come, in the subspace where that is exact, and their norm."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .accumulation import Own
+from .lifecycle import Lifecycle
+from .validate import check_choices
+
+CLIPPING = ("previous", "matrix")
+"""Values of the option `clip_by`."""
+
+
+class Clip(NamedTuple):
+    """How gradients are clipped when no one knows the norm of all of them.
+
+    Args:
+        max_norm: Largest norm; None does not clip.
+        by: One of `CLIPPING`.
+    """
+
+    max_norm: float | None
+    by: str
+
+    @classmethod
+    def of(cls, max_norm: float | None, by: str) -> Clip:
+        """Validate the options.
+
+        Raises:
+            ValueError: One is out of range.
+        """
+        check_choices({"clip_by": by}, {"clip_by": CLIPPING})
+        if max_norm is not None and not max_norm > 0.0:
+            raise ValueError(f"Invalid max_norm: {max_norm}; need a positive number, or None to not clip")
+        return cls(max_norm, by)
+
+
+class Cycle:
+    """The backward passes between two steps.
+
+    Args:
+        optimizer: The optimizer.
+        way: Sums gradients in the optimizer's subspace; None where every backward pass is a step.
+        clip: How gradients are clipped.
+    """
+
+    def __init__(self, optimizer: Lifecycle, way: Own | None, clip: Clip) -> None:
+        self.optimizer, self.clip = optimizer, clip
+        self.stepped: set[int] = set()
+        """Identities of the parameters that were stepped in this cycle."""
+        self._way = way
+        self._counts: dict[Tensor, int] = {}
+        self._sums: dict[Tensor, Tensor] = {}
+        self._squares: list[Tensor] = []
+        self._last: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, param: Tensor) -> int:
+        """Take the gradient of a backward pass, and tell how many there are of the parameter."""
+        if self._way is not None:
+            if not self._counts:
+                self._way.begin()
+            low = self._way.project(0, param, 0)
+            if low is not None:
+                self._sums[param] = low if param not in self._sums else self._sums[param].add_(low)
+                param.grad = None
+        self._counts[param] = self._counts.get(param, 0) + 1
+        return self._counts[param]
+
+    @torch.no_grad()
+    def step(self, param: Tensor) -> None:
+        """Step a parameter by what has come, and free it."""
+        del self._counts[param]
+        low = self._sums.pop(param, None)
+        grad = param.grad if low is None else low
+        if grad is not None:
+            self._clip_(grad)
+            if low is not None:
+                self.optimizer._low_grads[param] = low
+            self.optimizer.step_one(param)
+            self.optimizer._low_grads.pop(param, None)
+        self.stepped.add(id(param))
+        param.grad = None
+
+    def end(self) -> None:
+        """Step what did not get a gradient in the last backward pass, and begin a cycle."""
+        for param in list(self._counts):
+            self.step(param)
+        self.stepped.clear()
+        if self._squares:
+            self._last, self._squares = self.norm(), []
+
+    def hand_over(self) -> None:
+        """Leave what has come to the next `optimizer.step()`."""
+        self.optimizer._low_grads.update(self._sums)
+        self._sums.clear()
+        self._counts.clear()
+
+    def norm(self) -> Tensor | None:
+        """Norm of all gradients of this cycle, of the last one as long as there is none."""
+        if not self._squares:
+            return self._last
+        device = self._squares[0].device
+        return torch.stack([square.to(device) for square in self._squares]).sum().sqrt()
+
+    def _clip_(self, grad: Tensor) -> None:
+        """Note the norm of a gradient and scale it, without a synchronisation."""
+        if grad.is_sparse:
+            return  # the optimizer's error to raise
+        norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+        self._squares.append(norm.square())
+        if self.clip.max_norm is not None:
+            known = norm
+            if self.clip.by == "previous" and self._last is not None:
+                last = self._last.to(norm)
+                known = torch.where(last.isfinite(), last, norm)  # one bad step must not cost the next
+            grad.mul_((self.clip.max_norm / (known + 1e-6)).clamp(max=1.0).to(grad.dtype))
