@@ -82,9 +82,9 @@ def install() -> Shims:
 
     Two things change, in this process only. `import galore_torch` finds a module of `GaLoreAdamW`, `GaLoreAdamW8bit`
     and `GaLoreAdafactor`, in the place of an installed one if there is one; its version is "1.0+lowmem". And where
-    transformers is installed, `Trainer.create_optimizer` builds the optimizers of `optim="galore_adamw"`,
-    `"galore_adamw_8bit"`, `"galore_adafactor"` and their twins in `"_layerwise"`; everything else goes on to the
-    method that was there. With the authors' classes behind the same strings,
+    transformers is installed, two methods of `Trainer`, `get_optimizer_cls_and_kwargs` and `create_optimizer`, serve
+    `optim="galore_adamw"`, `"galore_adamw_8bit"`, `"galore_adafactor"` and their twins in `"_layerwise"`; every other
+    string goes on to the methods that were there. What differs from the Trainer with the authors' package:
 
     - `weight_decay` is honoured, with the Trainer's own choice of what decays (no biases, no norms), and so are
       `adam_beta1`, `adam_beta2` and `adam_epsilon`, which Adafactor has not; the Trainer ignores all four.
@@ -121,7 +121,7 @@ class Shims:
         self._undo = trainer.patch() if importlib.util.find_spec("transformers") else None
 
     def remove(self) -> None:
-        """Restore the Trainer's method and the modules that were there; optimizers that exist stay what they are."""
+        """Restore the Trainer's methods and the modules that were there; optimizers that exist stay what they are."""
         global _installed
         if _installed is not self:
             return

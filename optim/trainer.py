@@ -38,58 +38,69 @@ def patch() -> Callable[[], None]:
     from transformers import Trainer
     from transformers.utils import is_galore_torch_available
 
-    original = Trainer.create_optimizer
+    choose, create = vars(Trainer)["get_optimizer_cls_and_kwargs"], Trainer.create_optimizer
+
+    def get_optimizer_cls_and_kwargs(args: Any, model: nn.Module | None = None) -> Any:
+        chosen = _chosen(args, model)
+        return choose.__func__(args, model) if chosen is None else chosen
 
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.optimizer is None and getattr(self, "optimizer_cls_and_kwargs", None) is None:
-            model = kwargs.get("model", args[0] if args else None)
-            self.optimizer = _for_trainer(self, self.model if model is None else model)
-        return original(self, *args, **kwargs)  # finds an optimizer of ours, or builds its own
+        given = self.optimizer is not None or getattr(self, "optimizer_cls_and_kwargs", None) is not None
+        optimizer = create(self, *args, **kwargs)
+        if not given and _name(self.args).removesuffix(LAYERWISE) in STRINGS and _name(self.args).endswith(LAYERWISE):
+            self.remove_callback(_release_callback())
+            self.add_callback(_release_callback()(optimizer))
+        return optimizer
 
     def restore() -> None:
-        Trainer.create_optimizer = original
+        Trainer.get_optimizer_cls_and_kwargs, Trainer.create_optimizer = choose, create
         forget()
 
     # Whether the package is installed is asked once and remembered.
     forget = getattr(is_galore_torch_available, "cache_clear", lambda: None)
     forget()
+    Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
     Trainer.create_optimizer = create_optimizer
     return restore
 
 
-def _for_trainer(trainer: Any, model: nn.Module) -> Lifecycle | None:
-    """Build what `args.optim` names; None where it is none of ours."""
-    args, name = trainer.args, str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    layerwise = name.endswith(LAYERWISE)
+def _name(args: Any) -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _chosen(args: Any, model: nn.Module | None) -> tuple[type[Lifecycle], dict[str, Any]] | None:
+    """The class that `args.optim` names and its keywords, groups as "params"; None where it is none of ours."""
+    name = _name(args)
     cls = STRINGS.get(name.removesuffix(LAYERWISE))
     if cls is None:
         if name.startswith("apollo_") and importlib.util.find_spec("apollo_torch") is None:
             raise NotImplementedError(_no_apollo(name))
         return None
-    if layerwise:
+    if model is None:
+        raise ValueError(f"optim={name!r} chooses among a model's layers: pass the model")
+    if name.endswith(LAYERWISE):
         _check_layerwise(args, name)
     given = _options(args.optim_args, cls)
-    group = {key: given.pop(key, default) for key, default in GROUP.items()}
+    projected = {key: given.pop(key, default) for key, default in GROUP.items()}
     if cls is presets.GaLoreAdafactor:
         given = {"scale_parameter": False, "relative_step": False, **given}
     else:
         given |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    groups = _groups(trainer, model, {**group, "weight_decay": args.weight_decay})
-    optimizer = cls(groups, lr=args.learning_rate, weight_decay=args.weight_decay, **given)  # type: ignore[call-arg]
-    logger.info("%s: %d matrices are projected, %s", name, len(groups[-1]["params"]), group)
-    trainer.remove_callback(_release_callback())
-    if layerwise:
-        trainer.add_callback(_release_callback()(optimizer))
-    return optimizer
+    groups = _groups(args, model, {**projected, "weight_decay": args.weight_decay})
+    logger.info("%s: %d matrices are projected, %s", name, len(groups[-1]["params"]), projected)
+    return cls, {"params": groups, "lr": args.learning_rate, "weight_decay": args.weight_decay, **given}
 
 
-def _groups(trainer: Any, model: nn.Module, projected: dict[str, Any]) -> list[dict[str, Any]]:
+def _groups(args: Any, model: nn.Module, projected: dict[str, Any]) -> list[dict[str, Any]]:
     """Plain parameters without and with decay, and the weights that `optim_target_modules` names, last."""
+    from transformers import Trainer
+
+    targets = _targets(args, model)
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    chosen = {name: param for name, param in params.items() if name in _targets(trainer.args, model)}
+    chosen = {name: param for name, param in params.items() if name in targets}
     if not chosen:
-        raise ValueError(f"optim_target_modules={trainer.args.optim_target_modules!r}: all that it names is frozen")
-    decays = set(trainer.get_decay_parameter_names(model))
+        raise ValueError(f"optim_target_modules={args.optim_target_modules!r}: all that it names is frozen")
+    decays = set(Trainer.get_decay_parameter_names(None, model))  # a method that reads nothing of a trainer
     plain = [param for name, param in params.items() if name not in chosen and name not in decays]
     decayed = [param for name, param in params.items() if name not in chosen and name in decays]
     groups = [

@@ -25,10 +25,10 @@ OPTIM_ARGS = "rank=32, update_proj_gap=3, scale=0.5, proj_type=reverse_std"
 
 @pytest.fixture(autouse=True)
 def restored() -> Any:
-    original = Trainer.create_optimizer
+    original = dict(vars(Trainer))
     yield
     uninstall()
-    assert Trainer.create_optimizer is original
+    assert dict(vars(Trainer)) == original
 
 
 def arguments(folder: Path | str, **options: Any) -> TrainingArguments:
@@ -287,6 +287,8 @@ def test_a_target_that_matches_nothing_is_an_error(targets: Any, message: str, t
     install()
     with pytest.raises(ValueError, match=message):
         by_string(tmp_path, optim_target_modules=targets).create_optimizer()
+    with pytest.raises(ValueError, match="chooses among a model's layers: pass the model"):
+        Trainer.get_optimizer_cls_and_kwargs(arguments(tmp_path, optim="galore_adamw", optim_target_modules=targets))
 
 
 def test_frozen_parameters_are_left_out(tmp_path: Path) -> None:
@@ -331,7 +333,7 @@ def test_strings_that_are_not_ours_stay_the_trainers(tmp_path: Path) -> None:
 def test_installing_is_reversible_and_idempotent(tmp_path: Path) -> None:
     from transformers.utils import is_galore_torch_available
 
-    before, real = Trainer.create_optimizer, importlib.util.find_spec("galore_torch")
+    before, real = dict(vars(Trainer)), importlib.util.find_spec("galore_torch")
     asked = is_galore_torch_available()
     with install() as handle:
         assert install() is handle
@@ -346,7 +348,7 @@ def test_installing_is_reversible_and_idempotent(tmp_path: Path) -> None:
         assert all(dist.metadata["Version"] != "1.0+lowmem" for dist in importlib.metadata.distributions())
     handle.remove()
     uninstall()
-    assert Trainer.create_optimizer is before
+    assert dict(vars(Trainer)) == before
     assert "galore_torch" not in sys.modules
     assert importlib.util.find_spec("galore_torch") == real
     assert is_galore_torch_available() == asked
