@@ -16,13 +16,25 @@ from rich.console import Console
 
 from .errors import Diverged, UserError, did_you_mean
 from .finetune_config import FinetuneConfig
+from .finetune_data import load_texts
 from .finetune_files import find_data, find_model
 from .finetune_report import Row, markdown, table
 from .optimizers import run_options
 from .options import parse_options
 from .rundir import Record, RunFolder, write_json
-from .search import Entry, Outcome, Result, Run, best, expand, first_runs, labels, parse_entry, refuse_repeats
-from .search import repeat_runs as more_seeds
+from .search import (
+    Entry,
+    Outcome,
+    Result,
+    Run,
+    best,
+    expand,
+    first_runs,
+    labels,
+    parse_entry,
+    refuse_repeats,
+    repeat_runs,
+)
 
 GRIDS = {
     "adamw": "adamw lr=1e-4|3e-4|1e-3",
@@ -83,11 +95,14 @@ def finetune(entries: Sequence[Entry], plan: Plan) -> None:
     refuse_repeats(point for grid in grids for point in grid)
     for point in (point for grid in grids for point in grid):
         configure(point, plan.shared)
-    digests = {"model": _digest(find_model(plan.shared.model)), "data": _digest(find_data(plan.shared.data))}
+    # The last seed and the texts must be valid before hours are spent.
     first = plan.shared.seed
     replace(plan.shared, seed=first + plan.seeds - 1)
+    model, data = find_model(plan.shared.model), find_data(plan.shared.data)
+    load_texts(data, plan.shared.validation, plan.shared.test)
+    digests = {"model": _digest(model), "data": _digest(data)}
     points = _run_all([first_runs(grid, first) for grid in grids], plan, digests)
-    repeats = _run_all([more_seeds(best(outcomes), plan.seeds) for outcomes in points], plan, digests)
+    repeats = _run_all([repeat_runs(best(outcomes), plan.seeds) for outcomes in points], plan, digests)
     results = [Result(*parts) for parts in zip(entries, points, repeats, strict=True)]
     _report(results, plan)
     failed = [failure for result in results for failure in result.failures]
