@@ -1,0 +1,62 @@
+"""State of an optimizer by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .core.codec import SCALE
+from .core.lifecycle import Lifecycle
+from .core.state import is_counter
+from .core.target import CORRECTION
+
+KINDS = ("moments", "bases", "scales", "corrections", "other")
+"""Kinds of state: `other` are limits, ages, indices of single entries and what else takes a few bytes."""
+
+
+def described(optimizer: Lifecycle) -> dict[str, int]:
+    """Bytes of state by kind, from its description."""
+    optimizer.summary()
+    sizes = dict.fromkeys(KINDS, 0)
+    for bucket in optimizer._planned():
+        for param in bucket.params:
+            for name, spec in optimizer._state_of(param, bucket.view, bucket.group).items():
+                if not is_counter(name):
+                    sizes[kind(name)] += spec.nbytes
+    return sizes
+
+
+def kept(shadow: Optimizer) -> dict[str, int]:
+    """Bytes of state by kind, of an optimizer that does not describe it: what a step of all parameters leaves."""
+    params = [param for group in shadow.param_groups for param in group["params"]]
+    for param in params:
+        param.grad = torch.empty_like(param)
+    shadow.step()
+    for param in params:
+        param.grad = None
+    return by_kind(shadow.state.values())
+
+
+def by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Bytes of the state of parameters by kind, counters left out."""
+    sizes = dict.fromkeys(KINDS, 0)
+    for held in states:
+        for name, value in held.items():
+            if isinstance(value, Tensor) and not is_counter(name):
+                sizes[kind(name)] += value.nbytes
+    return sizes
+
+
+def kind(name: str) -> str:
+    """Which of `KINDS` a state tensor is, by its name."""
+    if name == CORRECTION:
+        return "corrections"
+    if name.startswith("basis") and "exp_avg" not in name:
+        return "bases"
+    if name.endswith(SCALE):
+        return "scales"
+    return "moments" if "exp_avg" in name or name in ("momentum_buffer", "residual_avg") else "other"

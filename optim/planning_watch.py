@@ -1,0 +1,194 @@
+"""Counting of what runs on tensors without data: bytes alive, and the most of them at a time."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import adagrad, adam, sgd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..kernels import moments, random, tiles
+from .core import bucket
+
+META = torch.device("meta")
+CHECK = "_device_dtype_check_for_fused"
+
+_MADE: dict[Any, Any] = {}
+"""What operations return for arguments of certain shapes: Python decides that anew in every call, which takes long."""
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the bytes of tensors without data that are made inside and alive, and the most of them at a time.
+
+    Questions that only data could answer are answered: a number is 1, every condition holds and chooses every entry.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.peak: int = 0
+        self._known: set[int] = set()
+        self._numbers = _no_numbers()
+
+    def __enter__(self) -> Watch:
+        self._numbers.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._numbers.__exit__(*error)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        how = kwargs or {}
+        given = [tensor for tensor in tree_leaves((args, how)) if isinstance(tensor, Tensor) and tensor.is_meta]
+        for tensor in given:
+            self._known.add(tensor.untyped_storage()._cdata)
+        answer = _answer(func, given[0], how) if given else None
+        made = _run(func, args, how) if answer is None else answer
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                self._count(tensor.untyped_storage())
+        return made
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.allocated(key, size)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def allocated(self, key: int, size: int) -> None:
+        """Count a storage that is new."""
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def freed(self, key: int, size: int) -> None:
+        """Count one that is no more."""
+        self.now -= size
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.freed(key, size)
+
+
+def _run(func: Any, args: tuple[Any, ...], how: Mapping[str, Any]) -> Any:
+    """Run an operation, or return what it is known to return."""
+    try:
+        key = (func, _key(args), *((name, _key(value)) for name, value in how.items()))
+        known = _MADE.get(key)
+    except TypeError:  # an argument that is not hashable, or has data
+        return func(*args, **how)
+    if known is None:
+        made = func(*args, **how)
+        _MADE[key] = _form(func, args, how, made)
+        return made
+    if known is WRITTEN:
+        return args[0]
+    return known.make() if isinstance(known, Form) else func(*args, **how)
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if not value.is_meta and value.ndim:
+            raise TypeError("its data may decide what is returned")
+        return value.shape, value.stride(), value.dtype, value.is_meta
+    if isinstance(value, tuple | list):
+        return tuple(map(_key, value))
+    return type(value), value
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """New tensors, or one, by shape, stride and dtype."""
+
+    parts: tuple[tuple[Any, Any, torch.dtype], ...]
+    several: bool
+
+    def make(self) -> Any:
+        """Make them without data."""
+        made = tuple(torch.empty_strided(size, stride, dtype=dtype, device=META) for size, stride, dtype in self.parts)
+        return made if self.several else made[0]
+
+
+WRITTEN, OTHER = "its first argument", "anything else, such as a view"
+
+
+def _form(func: Any, args: tuple[Any, ...], how: Mapping[str, Any], made: Any) -> Form | str:
+    if func._schema.name.endswith("_") and args and made is args[0] and made.is_meta:
+        return WRITTEN
+    given = {t.untyped_storage()._cdata for t in tree_leaves((args, how)) if isinstance(t, Tensor)}
+    outs = made if isinstance(made, tuple) else (made,)
+    if func._schema.is_mutable or not all(_is_new(out, given) for out in outs):
+        return OTHER
+    return Form(tuple((out.shape, out.stride(), out.dtype) for out in outs), isinstance(made, tuple))
+
+
+def _is_new(out: Any, given: set[int]) -> bool:
+    """Whether it is a tensor without data that fills a storage of its own."""
+    if not isinstance(out, Tensor) or not out.is_meta or out.untyped_storage()._cdata in given:
+        return False
+    last = sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True))
+    return out.untyped_storage().nbytes() == (last + 1 if out.numel() else 0) * out.itemsize
+
+
+def _answer(func: Any, asked: Tensor, how: Mapping[str, Any]) -> Any:
+    """What is asked of data: one number, the entries that are not zero, or a copy on the host."""
+    aten = torch.ops.aten
+    if func is aten._local_scalar_dense.default:
+        return 1.0 if asked.is_floating_point() else True if asked.dtype == torch.bool else 1
+    if func is aten.nonzero.default:
+        return asked.new_empty((asked.numel(), asked.ndim), dtype=torch.int64)
+    if func is aten._to_copy.default and how.get("device") == torch.device("cpu"):
+        return torch.ones(asked.shape, dtype=how.get("dtype") or asked.dtype)
+    return None
+
+
+@contextmanager
+def pieces_of(device: str) -> Iterator[None]:
+    """Let tensors without data be worked on in pieces of the size that a device gets, by the forms that it has."""
+    where: list[tuple[Any, str, Any]] = [(moments, "_FUSED_DEVICES", moments._FUSED_DEVICES | {META.type})]
+    # torch's own optimizers ask whether the device has a fused form; what it allocates is nothing.
+    where += [(module, CHECK, _accept) for module in (adam, sgd, adagrad) if hasattr(module, CHECK)]
+    if device == "cpu":
+        where += [(bucket, "GPU_BUFFER", bucket.CPU_BUFFER), (tiles, "GPU_CHUNK", tiles.CHUNK)]
+    with _replaced(where):
+        yield
+
+
+def _accept(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _no_numbers() -> AbstractContextManager[None]:
+    """Random numbers without data are made at once: block by block, as others are, counting would take minutes."""
+    names = ("normal", "signs")
+    return _replaced([(random, name, partial(_numbers, getattr(random, name))) for name in names])
+
+
+@contextmanager
+def _replaced(where: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    before = [(module, name, getattr(module, name)) for module, name, _ in where]
+    for module, name, value in where:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def _numbers(make: Callable[..., Tensor], seed: int, rows: int | range, cols: int, device: Any = "cpu") -> Tensor:
+    if torch.device(device) != META:
+        return make(seed, rows, cols, device)
+    return torch.empty((rows if isinstance(rows, int) else len(rows), cols), device=META)
