@@ -82,15 +82,15 @@ def build_classifier(folder: Path, shape: Any, labels: int, config: FinetuneConf
     torch.manual_seed(config.seed)
     if config.pretrained:
         try:
-            encoder = AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
+            encoder = AutoModel.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder} holds no weights that transformers reads: {one_line(error)}") from error
     else:
-        encoder = AutoModel.from_config(shape, dtype=torch.float32)
+        encoder = AutoModel.from_config(shape)
     # Its output is not used: without a gradient it would be counted as trained.
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None
-    return Classifier(encoder, labels).train()
+    return Classifier(encoder.float(), labels).train()
 
 
 @dataclass
