@@ -11,7 +11,7 @@ from torch import Tensor
 from . import codec, factored
 from .codec import State
 from .spec import Spec, counter
-from .validate import check_adam
+from .validate import check_adam, check_factored
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +57,12 @@ def check_update(group: dict[str, Any]) -> None:
     if group["lr"] is None:
         raise ValueError("Invalid learning rate: None in a group; give a number, or lr=None to the constructor alone")
     check_adam(group)
-    beta1, d, eps = (group[name] for name in ("beta1", "clip_threshold", "eps"))
+    beta1, eps = group["beta1"], group["eps"]
     if not isinstance(eps, (tuple, list)) or len(eps) != 2 or eps[1] is None:
         raise ValueError(f"Invalid eps: {eps}; need the pair (eps1 or None, eps2), as (1e-30, 1e-3)")
     if beta1 is not None and not 0.0 <= beta1 < 1.0:
         raise ValueError(f"Invalid beta1: {beta1}; need 0 <= beta1 < 1, or None for no momentum")
-    if not group["beta2_decay"] <= 0.0:
-        raise ValueError(f"Invalid beta2_decay: {group['beta2_decay']}; need an exponent of at most 0, as -0.8")
-    if d is not None and not d > 0.0:
-        raise ValueError(f"Invalid clip_threshold: {d}; need a positive number, or None to not clip")
+    check_factored(group)
 
 
 def step_size(param: Tensor, t: int, o: Options) -> float | Tensor:

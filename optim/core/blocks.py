@@ -82,7 +82,7 @@ def layer(name: str) -> str:
 
 
 def count(group: Group, total: int) -> int:
-    """Number of active blocks: `rank` of them, or `max(1, round(density total))`; none at density 0.
+    """Number of active blocks: `rank` of them, or `max(1, round(density total))`; none at density 0, or of none.
 
     Raises:
         ValueError: More are asked for than there are.
@@ -90,12 +90,12 @@ def count(group: Group, total: int) -> int:
     if group["density"] is not None:
         return min(total, max(1, round(group["density"] * total))) if group["density"] > 0 else 0
     rank: int = group["rank"]
-    if rank > total:
+    if rank > total > 0:
         raise ValueError(
             f"rank={rank}: with projector='blocks' it is the number of active blocks, of which the group has {total}; "
             f"pass at most {total}, or 'rank': None with a density, as 'density': 0.25"
         )
-    return rank
+    return min(rank, total)
 
 
 def window(order: str, total: int, size: int, refreshes: int, seed: int = 0) -> list[int]:

@@ -64,6 +64,15 @@ def check_adam(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}=True is not supported by this optimizer; drop it or pass {name}=False")
 
 
+def check_factored(group: Mapping[str, Any]) -> None:
+    """Validate Adafactor's clipping and decay, where a group has them."""
+    decay, d = group.get("beta2_decay", -0.8), group.get("clip_threshold")
+    if not decay <= 0.0:
+        raise ValueError(f"Invalid beta2_decay: {decay}; need an exponent of at most 0, as -0.8")
+    if d is not None and not d > 0.0:
+        raise ValueError(f"Invalid clip_threshold: {d}; need a positive number, or None to not clip")
+
+
 def check_subspace(group: Mapping[str, Any]) -> None:
     """Validate the options of a subspace method.
 
@@ -71,6 +80,7 @@ def check_subspace(group: Mapping[str, Any]) -> None:
         ValueError: A value is out of range or not one of the choices.
     """
     check_adam(group)
+    check_factored(group)
     check_choices(group, CHOICES)
     _check_backend(group)
     check_rank(group)
