@@ -1,4 +1,4 @@
-"""PyTorch's own optimizer checks (test_optim.py::TestOptimRenewed), on its infrastructure, over every optimizer of ours.
+"""PyTorch's own optimizer checks (test_optim.py::TestOptimRenewed), on its infrastructure, over every class of ours.
 
 What of TestOptimRenewed is not here, and why:
 
