@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import pickle
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    yield
+def fresh() -> None:
+    """Accelerate's states are shared by all accelerators of a process, the Trainer's of other tests too."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -131,6 +131,18 @@ def test_accumulation_clipping_and_schedule_are_those_of_a_plain_loop() -> None:
     assert min(norms) > 0.5  # all were clipped
     assert rates == pytest.approx([LR * 0.9 ** ((index + 1) // 2) for index in range(8)])
     assert_equal(model.state_dict(), twin.state_dict())
+
+
+def test_a_prepared_optimizer_is_pickled_with_its_state() -> None:
+    model, optimizer = accelerator().prepare(*stepped("galore 8bit", 4))
+    optimizer.eval()
+    optimizer.train()
+    copied_model, copied = pickle.loads(pickle.dumps((model, optimizer)))
+    assert_equal(copied.state_dict(), optimizer.state_dict())
+    train(model, optimizer, range(4, 7))
+    train(copied_model, copied, range(4, 7))
+    assert_equal(copied.state_dict(), optimizer.state_dict())
+    assert_equal(copied_model.state_dict(), model.state_dict())
 
 
 def test_closures_and_sets_to_none_pass_through() -> None:

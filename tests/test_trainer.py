@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -184,6 +186,19 @@ def test_layerwise_refuses_what_needs_all_gradients(options: dict[str, Any], mes
         by_string(tmp_path, "galore_adamw_layerwise", **options).train()
 
 
+@pytest.mark.parametrize(("name", "value", "offered"), [("world_size", 2, 1), ("fp16", True, False)])
+def test_layerwise_refuses_replicas_and_scalers(
+    name: str, value: Any, offered: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook sees gradients that are scaled, and not averaged over processes yet."""
+    install()
+    trainer = by_string(tmp_path, "galore_adafactor_layerwise")
+    monkeypatch.setattr(TrainingArguments, name, value, raising=False)
+    vars(trainer.args).pop(name, None)
+    with pytest.raises(ValueError, match=f"{name}={value}: .* needs {name}={offered}; .* or optim='galore_adafactor'"):
+        trainer.create_optimizer()
+
+
 @pytest.mark.parametrize("layerwise", ["", "_layerwise"])
 @pytest.mark.parametrize("optim", PLAIN)
 def test_weight_decay_betas_and_eps_of_the_arguments_reach_the_optimizer(
@@ -318,6 +333,19 @@ def test_apollo_is_refused_and_the_nearest_named(optim: str, tmp_path: Path) -> 
     assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
 
 
+def test_an_installed_apollo_keeps_its_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import is_apollo_torch_available
+
+    theirs = ModuleType("apollo_torch")
+    theirs.__spec__ = ModuleSpec("apollo_torch", None)
+    theirs.APOLLOAdamW = type("APOLLOAdamW", (torch.optim.AdamW,), {})
+    monkeypatch.setitem(sys.modules, "apollo_torch", theirs)
+    is_apollo_torch_available.cache_clear()
+    install()
+    assert type(by_string(tmp_path, "apollo_adamw").create_optimizer()) is theirs.APOLLOAdamW
+    is_apollo_torch_available.cache_clear()
+
+
 def test_strings_that_are_not_ours_stay_the_trainers(tmp_path: Path) -> None:
     install()
     model = llama()
@@ -358,7 +386,7 @@ def test_installing_is_reversible_and_idempotent(tmp_path: Path) -> None:
 
 
 def test_an_installed_module_of_the_name_is_shadowed_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = type(sys)("galore_torch")
+    theirs = ModuleType("galore_torch")
     monkeypatch.setitem(sys.modules, "galore_torch", theirs)
     with install():
         import galore_torch
