@@ -193,7 +193,7 @@ def _report(results: Sequence[Result], plan: Plan) -> None:
             "config": plan.shared.to_json(),
             **({name: rows[0].summaries[0][name] for name in facts} if rows else {}),
             "optimizers": [
-                {"label": row.label, **row.statistics, **detail(result)}
+                {"label": row.label, **row.statistics, **_details(result)}
                 for row, result in zip(rows, shown, strict=True)
             ],
             "failed": [result.to_json() for result in results if not result.finished],
@@ -205,7 +205,7 @@ def _report(results: Sequence[Result], plan: Plan) -> None:
         Console(width=None if console.is_terminal else TABLE_WIDTH).print(table(rows))
 
 
-def detail(result: Result) -> Record:
+def _details(result: Result) -> Record:
     """Return every point and every seed of the best one with losses and accuracies."""
     values = ("val_loss", "val_accuracy", "test_loss", "test_accuracy")
 

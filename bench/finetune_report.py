@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
@@ -15,8 +16,9 @@ from .rundir import Record
 COLUMNS = (
     "optimizer",
     "options",
-    "test accuracy",
-    "val accuracy",
+    "test accuracy, %",
+    "against first, points",
+    "val accuracy, %",
     "state",
     "of matrices",
     "peak memory",
@@ -50,9 +52,22 @@ class Row:
         found["training_memory_bytes"] = max(grown)
         return found
 
+    def difference(self, other: Row) -> tuple[float, float | None]:
+        """Return mean and deviation of the test accuracy less the other's with the same seed, hence head and texts.
+
+        Without a common seed both are not a number.
+        """
+        mine, theirs = ({s["config"]["seed"]: s["test_accuracy"] for s in row.summaries} for row in (self, other))
+        values = [mine[seed] - theirs[seed] for seed in mine if seed in theirs] or [math.nan]
+        return fmean(values), stdev(values) if len(values) > 1 else None
+
 
 def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Return the text of the table; peak memory is that above what the process had before it built the model."""
+    """Return the text of the table.
+
+    Accuracies are in percent, their differences in points; peak memory is that above what the process had before it
+    built the model.
+    """
     lines: list[tuple[str, ...]] = []
     for row in rows:
         found = row.statistics
@@ -61,8 +76,9 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
             (
                 row.label,
                 row.options,
-                _percent(found, "test_accuracy") + missing,
-                _percent(found, "val_accuracy"),
+                _percent(found["test_accuracy_mean"], found["test_accuracy_std"]) + missing,
+                "" if row is rows[0] else _percent(*row.difference(rows[0]), sign="+"),
+                _percent(found["val_accuracy_mean"], found["val_accuracy_std"]),
                 decimal(found["optimizer_state_bytes"]),
                 decimal(found["matrix_state_bytes"]),
                 decimal(found["training_memory_bytes"]),
@@ -73,10 +89,9 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return lines
 
 
-def _percent(found: Record, name: str) -> str:
-    deviation = found[f"{name}_std"]
-    text = f"{100 * found[f'{name}_mean']:.1f}"
-    return f"{text} %" if deviation is None else f"{text} ± {100 * deviation:.1f} %"
+def _percent(mean: float, deviation: float | None, sign: str = "") -> str:
+    text = f"{100 * mean:{sign}.1f}"
+    return text if deviation is None else f"{text} ± {100 * deviation:.1f}"
 
 
 def table(rows: Sequence[Row]) -> Table:

@@ -267,18 +267,25 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
         fetch(bundle, tmp_path)
 
 
-def test_table_has_means_and_deviations():
+def test_table_has_means_deviations_and_paired_differences():
     times = {"optimizer_step_s": {"median": 0.02}, "step_s": {"median": 0.5}}
     sizes = {"optimizer_state_bytes": 10**6, "matrix_state_bytes": 10**5}
     memory = {"start_memory_bytes": 10**8, "peak_memory_bytes": 3 * 10**8}
-    seeds = [
-        {"test_accuracy": a, "val_accuracy": a, "test_loss": 1.0, "val_loss": 1.0, **times, **sizes, **memory}
-        for a in (0.5, 0.6, 0.7)
-    ]
-    text = markdown([Row("adamw", "lr=1", seeds, 3), Row("galore", "lr=2", seeds[:1], 3)])
-    first, second = text.splitlines()[2:]
-    assert "| 60.0 ± 10.0 % | 60.0 ± 10.0 % | 1.0 MB | 100.0 kB | 200.0 MB | 20 ms | 500 ms |" in first
-    assert "50.0 % (1 of 3 seeds)" in second
+
+    def summaries(*accuracies):
+        rest = {"test_loss": 1.0, "val_loss": 1.0, **times, **sizes, **memory}
+        return [
+            {"config": {"seed": seed}, "test_accuracy": value, "val_accuracy": value, **rest}
+            for seed, value in enumerate(accuracies)
+        ]
+
+    first = Row("adamw", "lr=1", summaries(0.5, 0.6, 0.7), 3)
+    rows = [first, Row("fira", "lr=2", summaries(0.51, 0.62, 0.73), 3), Row("galore", "lr=2", summaries(0.45), 3)]
+    lines = markdown(rows).splitlines()[2:]
+    assert "| 60.0 ± 10.0 |  | 60.0 ± 10.0 | 1.0 MB | 100.0 kB | 200.0 MB | 20 ms | 500 ms |" in lines[0]
+    # The seeds of both move together: the difference has less deviation than either.
+    assert "| 62.0 ± 11.0 | +2.0 ± 1.0 |" in lines[1]
+    assert "| 45.0 (1 of 3 seeds) | -5.0 | 45.0 |" in lines[2]
 
 
 def cached(bundle: Bundle) -> bool:
