@@ -13,22 +13,38 @@ with the default `proj_type="std"`, and a plain parameter of (rows, cols), a vec
     or, of fewer than 4096 elements or with rows of fewer than 16,
     moments    8 rows cols                        bytes: fp32
 
-What a step takes besides is measured: the optimizer's own code runs on tensors without data, every one of which is
-counted while it lives.
+What a step takes besides, and the forward and backward pass, is measured: the optimizer's and the model's own code run
+on tensors without data, every one of which is counted while it lives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from .core.lifecycle import Lifecycle
+from .planning_model import Loss, Pass, trace
 from .planning_state import KINDS, by_kind, described, kept, kind
-from .planning_steps import Step, alone, largest, together, without_data
+from .planning_steps import Kind, Step, alone, kind_of, largest, together, without_data
 from .planning_watch import Watch, pieces_of
 
-__all__ = ["KINDS", "Plan", "Step", "Watch", "by_kind", "kind", "plan"]
+__all__ = [
+    "KINDS",
+    "Pass",
+    "Plan",
+    "Step",
+    "TrainingPlan",
+    "Watch",
+    "by_kind",
+    "kind",
+    "plan",
+    "plan_training",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +91,94 @@ class Plan:
         return self.weights + self.largest_gradient + self.state + self.released.largest
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """Bytes of whole training steps on one device.
+
+    Args:
+        weights: All parameters and buffers of the model, frozen ones too.
+        optimizer: What the optimizer takes.
+        passes: What the forward and backward pass take.
+        peak: The most at a time of a loop that calls `step()` after `backward()`.
+        peak_released: The same with `enable_gradient_release`; None where the optimizer does not allow it.
+    """
+
+    weights: int
+    optimizer: Plan
+    passes: Pass
+    peak: int
+    peak_released: int | None
+
+    def fits(self, budget: int, *, release: bool = False) -> bool:
+        """Tell whether the peak is within so many bytes, with or without gradient release."""
+        peak = self.peak_released if release else self.peak
+        return peak is not None and peak <= budget
+
+
+def plan_training(
+    model: nn.Module | Any,
+    optimizer: Optimizer | Callable[[nn.Module], Optimizer],
+    shape: tuple[int, int] = (1, 1024),
+    *,
+    checkpointing: bool | None = None,
+    loss: Loss | None = None,
+    device: str = "cuda",
+) -> TrainingPlan:
+    """Tell what training steps of a model take at most, activations included, without allocating any of it.
+
+        with torch.device("meta"):
+            model = build()
+        found = plan_training(model, GaLore(param_groups(model, rank=1024), state_dtype="8bit"), (1, 1024))
+        print(found.peak_released, found.passes.activations)
+
+    Args:
+        model: A model, with data or without, or a configuration of transformers, which `AutoModelForCausalLM` builds.
+        optimizer: An optimizer over its parameters, or a function that makes one of the model.
+        shape: Sequences of a micro-batch, and their tokens.
+        checkpointing: Recompute layers in the backward pass, for models of Hugging Face. Default: as the model does.
+        loss: What is differentiated, from the model and int64 tokens of that shape. Default: `.loss` of
+            `model(input_ids=tokens, labels=tokens)`.
+        device: "cuda" or "cpu", as in `plan`.
+
+    Returns:
+        Bytes of tensors. What a device's context takes, and what its allocator loses between blocks, is not in them.
+
+    Raises:
+        RuntimeError: As `plan`.
+        TypeError: The optimizer is ready-made, and the model only a configuration.
+        ValueError: The device is another, the model cannot run without data or has no switch for checkpointing.
+    """
+    if not isinstance(model, nn.Module):
+        if isinstance(optimizer, Optimizer):
+            raise TypeError("got a configuration and an optimizer: pass a function, lambda model: GaLore(...)")
+        model = _from_config(model)
+    made = optimizer if isinstance(optimizer, Optimizer) else optimizer(model)
+    found, steps = _plan(made, device)
+    passes = trace(model, shape, checkpointing=checkpointing, loss=loss, device=device)
+    every = [*model.parameters(), *model.buffers()]
+    weights = sum(tensor.nbytes for tensor in every)
+    resident = weights + found.state
+    released = None
+    if isinstance(made, Lifecycle) and made.needs_all_gradients() is None:
+        by_param = {
+            id(param): steps[kind_of(index, param)].largest
+            for index, group in enumerate(made.param_groups)
+            for param in group["params"]
+        }
+        at = {position: by_param[id(p)] for position, p in enumerate(model.parameters()) if id(p) in by_param}
+        released = resident + passes.released(at)
+    peak = resident + max(passes.peak, found.gradients + found.step.largest)
+    return TrainingPlan(weights, found, passes, peak, released)
+
+
+def _from_config(config: Any) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model.train()
+
+
 def plan(optimizer: Optimizer, device: str = "cuda") -> Plan:
     """Tell what training with an optimizer takes, without allocating any of it.
 
@@ -94,6 +198,10 @@ def plan(optimizer: Optimizer, device: str = "cuda") -> Plan:
         RuntimeError: Ranks are left to the gradients (`rank="auto"`) and not chosen yet.
         ValueError: The device is another.
     """
+    return _plan(optimizer, device)[0]
+
+
+def _plan(optimizer: Optimizer, device: str) -> tuple[Plan, dict[Kind, Step]]:
     if device not in ("cuda", "cpu"):
         raise ValueError(f"got device={device!r}: plans are for 'cuda' or 'cpu'")
     with pieces_of(device):
@@ -103,13 +211,14 @@ def plan(optimizer: Optimizer, device: str = "cuda") -> Plan:
         else:
             shadow = without_data(optimizer, device)
             state = kept(shadow)
-        every, released = together(shadow), largest(alone(shadow).values())
+        every, single = together(shadow), alone(shadow)
     sizes = [param.nbytes for group in shadow.param_groups for param in group["params"]]
-    return Plan(
+    found = Plan(
         weights=sum(sizes),
         gradients=sum(sizes),
         largest_gradient=max(sizes, default=0),
         **state,
         step=every,
-        released=released,
+        released=largest(single.values()),
     )
+    return found, single

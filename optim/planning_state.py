@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from .core.codec import SCALE
 from .core.lifecycle import Lifecycle
 from .core.state import is_counter
 from .core.target import CORRECTION
+from .planning_steps import kind_of
 
 KINDS = ("moments", "bases", "scales", "corrections", "other")
 """Kinds of state: `other` are limits, ages, indices of single entries and what else takes a few bytes."""
@@ -31,14 +33,17 @@ def described(optimizer: Lifecycle) -> dict[str, int]:
 
 
 def kept(shadow: Optimizer) -> dict[str, int]:
-    """Bytes of state by kind, of an optimizer that does not describe it: what a step of all parameters leaves."""
-    params = [param for group in shadow.param_groups for param in group["params"]]
-    for param in params:
-        param.grad = torch.empty_like(param)
-    shadow.step()
-    for param in params:
-        param.grad = None
-    return by_kind(shadow.state.values())
+    """Bytes of state by kind, of an optimizer that does not describe it: what steps of one parameter a kind leave."""
+    sizes = dict.fromkeys(KINDS, 0)
+    for index, group in enumerate(shadow.param_groups):
+        counts = Counter(kind_of(index, param) for param in group["params"])
+        for key, param in {kind_of(index, param): param for param in group["params"]}.items():
+            param.grad = torch.empty_like(param)
+            shadow.step()
+            param.grad = None
+            for name, size in by_kind([shadow.state[param]]).items():
+                sizes[name] += counts[key] * size
+    return sizes
 
 
 def by_kind(states: Iterable[Mapping[str, Any]]) -> dict[str, int]:

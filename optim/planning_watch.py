@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from .core import bucket
 
 META = torch.device("meta")
 CHECK = "_device_dtype_check_for_fused"
+
+Self = TypeVar("Self", bound="Watch")
 
 _MADE: dict[Any, Any] = {}
 """What operations return for arguments of certain shapes: Python decides that anew in every call, which takes long."""
@@ -38,7 +40,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
         self._numbers = _no_numbers()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self: Self) -> Self:
         self._numbers.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -162,7 +164,7 @@ def pieces_of(device: str) -> Iterator[None]:
     where += [(module, CHECK, _accept) for module in (adam, sgd, adagrad) if hasattr(module, CHECK)]
     if device == "cpu":
         where += [(bucket, "GPU_BUFFER", bucket.CPU_BUFFER), (tiles, "GPU_CHUNK", tiles.CHUNK)]
-    with _replaced(where):
+    with replaced(where):
         yield
 
 
@@ -173,11 +175,12 @@ def _accept(*_: Any, **__: Any) -> None:
 def _no_numbers() -> AbstractContextManager[None]:
     """Random numbers without data are made at once: block by block, as others are, counting would take minutes."""
     names = ("normal", "signs")
-    return _replaced([(random, name, partial(_numbers, getattr(random, name))) for name in names])
+    return replaced([(random, name, partial(_numbers, getattr(random, name))) for name in names])
 
 
 @contextmanager
-def _replaced(where: list[tuple[Any, str, Any]]) -> Iterator[None]:
+def replaced(where: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Give names of modules other values for a while."""
     before = [(module, name, getattr(module, name)) for module, name, _ in where]
     for module, name, value in where:
         setattr(module, name, value)
