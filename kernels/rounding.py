@@ -100,17 +100,31 @@ class Target:
         return self.weight.to(self.work, copy=True)
 
     def write(self, value: Tensor) -> None:
-        """Write a value in the working dtype; it may be overwritten."""
+        """Write a value in the working dtype; it may be overwritten. A mode that `check` refuses is an error."""
+        self.check()
         if self.exact or self.mode == "nearest":
             self.weight.copy_(value)
-        elif self.mode == "stochastic":
+        elif self.correction is None:
             self.weight.copy_(round_stochastically(value, self._noise()))
         else:
-            assert self.correction is not None
             eight = self.mode == "compensated8"
             weight, correction = split(value, self._noise() if eight else None)
             self.weight.copy_(weight)
             self.correction.copy_(correction)
+
+    def check(self) -> None:
+        """Refuse what cannot be written.
+
+        Raises:
+            ValueError: The mode is unknown, or a weight that is not exact lacks the correction of its mode or has one
+                without need.
+        """
+        wrong = not self.exact and (self.mode in CORRECTIONS) != (self.correction is not None)
+        if self.mode not in ROUNDINGS or wrong:
+            raise ValueError(
+                f"Invalid mode: {self.mode!r} {'without' if self.correction is None else 'with'} a correction; choose "
+                f"one of {ROUNDINGS}, {tuple(CORRECTIONS)} with a correction, the others without"
+            )
 
     def _noise(self) -> Tensor:
         if self.cells is not None:
@@ -146,6 +160,8 @@ def join(weight: Tensor, correction: Tensor) -> Tensor:
 
 def converted(correction: Tensor, dtype: torch.dtype) -> Tensor:
     """A correction of 16 bits in 8, the nearest, or one of 8 in 16, exactly."""
+    if correction.dtype == dtype:
+        return correction
     wide = correction.int()
     if dtype == torch.int8:
         return wide.add_(1 << 7).bitwise_right_shift_(8).clamp_(max=127).to(dtype)

@@ -5,6 +5,7 @@ from .adafactor import Adafactor
 from .adamw import AdamW8bit
 from .badam import LISA, BAdam
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
+from .convert import convert_state
 from .fira import Fira
 from .flora import Flora
 from .frugal import Frugal
@@ -37,6 +38,7 @@ __all__ = [
     "OnlineSubspaceDescent",
     "Plan",
     "SubspaceAccumulator",
+    "convert_state",
     "enable_gradient_release",
     "from_bitsandbytes",
     "full_precision_state_dict",

@@ -18,6 +18,11 @@ from .target import CORRECTION
 STRUCTURAL = ("rank", "density", "proj_type", "rule", "state_dtype", "basis_dtype")
 """Options that decide which state a parameter has: they cannot differ between a checkpoint and its reader."""
 
+CONVERTIBLE = ("rank", "density", "state_dtype", "basis_dtype", "rounding")
+"""Those of them, and the mode of rounding, between which `convert_state` converts."""
+
+CONVERT = ", or load convert_state(state_dict, optimizer)"
+
 Groups = Sequence[dict[str, Any]]
 StateDict = dict[str, Any]
 
@@ -36,7 +41,7 @@ def merged_groups(ours: Groups, saved: Groups) -> Groups:
             if name in theirs and theirs[name] != mine.get(name) and _structural(name, mine, theirs):
                 raise ValueError(
                     f"the checkpoint has {name}={theirs[name]!r}, this optimizer {name}={mine.get(name)!r}: "
-                    f"construct it with {name}={theirs[name]!r}"
+                    f"construct it with {name}={theirs[name]!r}{CONVERT if name in CONVERTIBLE else ''}"
                 )
         _check_basis(mine, theirs)
         options = {name: value for name, value in mine.items() if name not in ("params", "param_names")}
@@ -60,8 +65,16 @@ def _check_basis(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         )
 
 
-def restore(saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], label: str) -> dict[str, Tensor]:
+def restore(
+    saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], label: str, reader: str
+) -> dict[str, Tensor]:
     """Bring loaded state to our dtypes and devices, in tensors of its own.
+
+    Args:
+        saved: The state of a parameter.
+        described: What it should be.
+        label: The parameter, for messages.
+        reader: The optimizer, for messages.
 
     Raises:
         ValueError: Names or shapes are those of another method, rule or rank.
@@ -69,7 +82,7 @@ def restore(saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], 
     fresh = {CORRECTION} & described.keys() - saved.keys()  # of a checkpoint from before there was one: nothing to add
     if saved.keys() | fresh != described.keys():
         raise ValueError(
-            f"the loaded state of {label} has {sorted(saved)}, this optimizer keeps {sorted(described)}: "
+            f"the loaded state of {label} has {sorted(saved)}, {reader} keeps {sorted(described)}: "
             "construct it as the optimizer of the checkpoint was"
         )
     loaded: dict[str, Tensor] = {}
@@ -80,7 +93,7 @@ def restore(saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], 
         value = torch.as_tensor(saved[name])
         if tuple(value.shape) != spec.shape:
             raise ValueError(
-                f"the loaded {name!r} of {label} has shape {tuple(value.shape)}, this optimizer needs {spec.shape}: "
+                f"the loaded {name!r} of {label} has shape {tuple(value.shape)}, {reader} needs {spec.shape}: "
                 "construct it with the options of the checkpoint"
             )
         loaded[name] = value.detach().to(device=spec.device, dtype=spec.dtype, copy=True)

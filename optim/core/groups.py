@@ -170,8 +170,10 @@ class Groups(Optimizer):
 
     def _state_of(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
         """The same with the correction of a weight that is written with one."""
-        options = self.param_groups[group]
-        return self._specs(param, view, options) | target.specs(param, options["rounding"])
+        return self._specs_in(param, view, self.param_groups[group])
+
+    def _specs_in(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
+        return self._specs(param, view, group) | target.specs(param, group["rounding"])
 
     def full_precision(self, param: Tensor) -> Tensor:
         """The value of a parameter in fp32, with its correction where `rounding="compensated"` keeps one."""
@@ -193,15 +195,16 @@ class Groups(Optimizer):
         load_keeping(self, super().load_state_dict, state_dict, self._restore)
 
     def _restore(self, loaded: dict[str, Any]) -> None:
-        order = [key for group in loaded["param_groups"] for key in group["params"]]
+        order = [(key, group) for group in loaded["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         self._plans, self._plans_key = make_plans(self.param_groups, self._view), None
         described = self._settled = self._described()
-        for position, (key, param) in enumerate(zip(order, params, strict=True)):
+        for position, ((key, group), param) in enumerate(zip(order, params, strict=True)):
             saved = loaded["state"].get(key)
             if saved:
-                label = f"parameter {position} {tuple(param.shape)}"
-                self.state[param] = restore(saved, described[param], label)
+                foreign = sorted(group.keys() - self.defaults.keys() - {"params", "param_names"})
+                label = f"parameter {position} {tuple(param.shape)}{f', saved with {foreign},' if foreign else ''}"
+                self.state[param] = restore(saved, described[param], label, f"this {type(self).__name__}")
 
     def summary(self) -> Summary:
         """Tell what was matched: one row a bucket with shape, count, side, rank and bytes of state.

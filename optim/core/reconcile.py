@@ -61,7 +61,7 @@ def _settle(
                 f"{name} of a {tuple(param.shape)} parameter is {value.dtype} {tuple(value.shape)}, its group now "
                 f"needs {spec.dtype} {spec.shape}{f' in another code, {spec.form}' if recoded and spec.form else ''}: "
                 f"{_options(name)} cannot change so after the first step; set back what was changed, or construct a "
-                "new optimizer"
+                "new optimizer and load convert_state(state_dict, optimizer)"
             )
         fits = value.dtype == spec.dtype
         settled[name] = (value if fits else _cast(name, value, spec.dtype)).to(spec.device)
