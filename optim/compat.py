@@ -92,7 +92,8 @@ def install() -> Shims:
       unknown ones; a target that matches no linear layer is refused too.
     - a layer-wise string builds one optimizer of all parameters, stepped by `enable_gradient_release` while the Trainer
       trains: schedules, logged rates, checkpoints and resuming are those of any optimizer. What needs all gradients at
-      once (clipping, accumulation, a scaler, averaging over processes) is refused, and the logged norm is 0.
+      once (clipping, accumulation, a scaler, averaging over processes) is refused: pass `max_grad_norm=0`, which is 1
+      by default. The logged norm is 0.
 
     `optim="apollo_adamw"` is not served: it stays with `apollo_torch` where that is installed, and is otherwise refused
     with what is nearest here.

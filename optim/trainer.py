@@ -47,7 +47,8 @@ def patch() -> Callable[[], None]:
     def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = self.optimizer is not None or getattr(self, "optimizer_cls_and_kwargs", None) is not None
         optimizer = create(self, *args, **kwargs)
-        if not given and _name(self.args).removesuffix(LAYERWISE) in STRINGS and _name(self.args).endswith(LAYERWISE):
+        name = _name(self.args)
+        if not given and name.endswith(LAYERWISE) and name.removesuffix(LAYERWISE) in STRINGS:
             self.remove_callback(_release_callback())
             self.add_callback(_release_callback()(optimizer))
         return optimizer
@@ -159,10 +160,10 @@ def _value(text: str) -> Any:
 
 def _check_layerwise(args: Any, name: str) -> None:
     """Refuse what needs the gradients of all parameters at once."""
-    steps, plain = args.gradient_accumulation_steps, name.removesuffix(LAYERWISE)
+    plain = name.removesuffix(LAYERWISE)
     needed = {
         "max_grad_norm": (args.max_grad_norm, 0),
-        "gradient_accumulation_steps": (steps, 1),
+        "gradient_accumulation_steps": (args.gradient_accumulation_steps, 1),
         "fp16": (args.fp16, False),
         "world_size": (args.world_size, 1),
     }
