@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from .core.lifecycle import Lifecycle
 from .planning_model import Loss, Pass, trace
 from .planning_state import KINDS, by_kind, described, kept, kind
-from .planning_steps import Kind, Step, alone, kind_of, largest, together, without_data
+from .planning_steps import Step, alone, kind_of, largest, together, without_data
 from .planning_watch import Watch, pieces_of
 
 __all__ = [
@@ -153,22 +153,8 @@ def plan_training(
             raise TypeError("got a configuration and an optimizer: pass a function, lambda model: GaLore(...)")
         model = _from_config(model)
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(model)
-    found, steps = _plan(made, device)
-    passes = trace(model, shape, checkpointing=checkpointing, loss=loss, device=device)
-    every = [*model.parameters(), *model.buffers()]
-    weights = sum(tensor.nbytes for tensor in every)
-    resident = weights + found.state
-    released = None
-    if isinstance(made, Lifecycle) and made.needs_all_gradients() is None:
-        by_param = {
-            id(param): steps[kind_of(index, param)].largest
-            for index, group in enumerate(made.param_groups)
-            for param in group["params"]
-        }
-        at = {position: by_param[id(p)] for position, p in enumerate(model.parameters()) if id(p) in by_param}
-        released = resident + passes.released(at)
-    peak = resident + max(passes.peak, found.gradients + found.step.largest)
-    return TrainingPlan(weights, found, passes, peak, released)
+    needed = needs(made, device)
+    return needed.train(model, trace(model, shape, checkpointing=checkpointing, loss=loss, device=device))
 
 
 def _from_config(config: Any) -> nn.Module:
@@ -198,10 +184,34 @@ def plan(optimizer: Optimizer, device: str = "cuda") -> Plan:
         RuntimeError: Ranks are left to the gradients (`rank="auto"`) and not chosen yet.
         ValueError: The device is another.
     """
-    return _plan(optimizer, device)[0]
+    return needs(optimizer, device).plan
 
 
-def _plan(optimizer: Optimizer, device: str) -> tuple[Plan, dict[Kind, Step]]:
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an optimizer takes, and what the step of each of its parameters allocates.
+
+    Args:
+        plan: What it takes.
+        steps: Bytes by the identity of the parameter; None where parameters cannot be stepped one by one.
+    """
+
+    plan: Plan
+    steps: dict[int, int] | None
+
+    def train(self, model: nn.Module, passes: Pass) -> TrainingPlan:
+        """Add the forward and backward pass of the model."""
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        resident, released = weights + self.plan.state, None
+        peak = resident + max(passes.peak, self.plan.gradients + self.plan.step.largest)
+        if self.steps is not None:
+            positions = {position: self.steps.get(id(param), 0) for position, param in enumerate(model.parameters())}
+            released = resident + passes.released(positions)
+        return TrainingPlan(weights, self.plan, passes, peak, released)
+
+
+def needs(optimizer: Optimizer, device: str = "cuda") -> Needs:
+    """Plan an optimizer, for training with any pass."""
     if device not in ("cuda", "cpu"):
         raise ValueError(f"got device={device!r}: plans are for 'cuda' or 'cpu'")
     with pieces_of(device):
@@ -221,4 +231,8 @@ def _plan(optimizer: Optimizer, device: str) -> tuple[Plan, dict[Kind, Step]]:
         step=every,
         released=largest(single.values()),
     )
-    return found, single
+    steps = None
+    if isinstance(optimizer, Lifecycle) and optimizer.needs_all_gradients() is None:
+        groups = enumerate(optimizer.param_groups)
+        steps = {id(p): single[kind_of(index, p)].largest for index, group in groups for p in group["params"]}
+    return Needs(found, steps)
