@@ -1,27 +1,33 @@
 """Companded moments on a CPU through torch.compile: one pass over the data instead of forty, after a compilation.
 
-What is compiled sees matrices of one block a row, and numbers that change as tensors: it is compiled in the first step
-(a few seconds for every length, dtype and rounding that occurs) and never for another step.
+What is compiled sees contiguous matrices of one block a row, and numbers that change as tensors: it is compiled in the
+first step (a few seconds for every dtype and rounding that occurs, and again where a matrix has one block or blocks of
+one entry) and never for another size or step. Large matrices are cut into pieces, so that temporaries stay small.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as symbolic_shapes
 
 from . import random
 from .blockwise import COMPANDED, Blocks, decode, encode
 from .reference import Blockwise
 from .rounding import Target, join, round_stochastically, split
+from .tiles import tiles
 
 TINY = torch.finfo(torch.float32).tiny
 VARIANTS = 256
 """Most compilations of one function."""
+PIECE = 1 << 20
+"""Elements of what is compiled for: temporaries are bounded by it, and a call costs little beside the work."""
 
 
 def adam_blockwise(
@@ -31,15 +37,14 @@ def adam_blockwise(
     out: Sequence[Tensor],
     how: Blockwise,
 ) -> None:
-    """Compute `lowmem.kernels.reference.adam_blockwise` for companded moments."""
+    """Compute `lowmem.kernels.reference.adam_blockwise` for companded moments, in pieces of bounded size."""
     for grad, first, second, t, direction, seed in zip(grads, *moments, counts, out, how.seeds, strict=True):
         numbers = _numbers(t, how)
-        for cols in _uniform(grad):
-            m, v = _coded_lines(first, cols), _coded_lines(second, cols)
-            step = _compiled(_adam)(_lines(grad, cols), *m, *v, *_places(seed, (0, 0), grad, cols), numbers)
-            direction[:, cols] = step.view(len(grad), -1)
-            _put_back(first, m, cols)
-            _put_back(second, v, cols)
+        for rows, cols in _pieces(grad):
+            with _lines(grad[rows, cols], *_coded(first, second, rows, cols)) as lines:
+                step = _compiled(_adam)(*lines, *_places(seed, rows, cols), numbers)
+            part = direction[rows, cols]
+            part.copy_(step.view(part.shape))
 
 
 def adamw_blockwise_(
@@ -51,27 +56,23 @@ def adamw_blockwise_(
     decay: float | Tensor,
     how: Blockwise,
 ) -> None:
-    """Compute `lowmem.kernels.reference.adamw_blockwise_` for companded moments."""
-    numbers = torch.cat([_numbers(t, how), torch.tensor([float(lr), float(decay)])])
+    """Compute `lowmem.kernels.reference.adamw_blockwise_` for companded moments, in pieces of bounded size."""
+    numbers, rates = _numbers(t, how), torch.tensor([float(lr), float(decay)], dtype=target.work)
+    target.check()
     mode = "nearest" if target.exact else target.mode
-    for cols in _uniform(grad):
-        m, v = (_coded_lines(blocks, cols) for blocks in moments)
-        weights = [tensor for tensor in (target.weight, target.correction) if tensor is not None]
-        lines = [_lines(tensor, cols) for tensor in weights]
-        places = _places(how.seeds[0], (0, 0), grad, cols), _places(target.seed, (target.row, target.col), grad, cols)
-        _compiled(_adamw)(lines, _lines(grad, cols), [*m, *v], *places, numbers, mode)
-        _put_back(moments[0], m, cols)
-        _put_back(moments[1], v, cols)
-        for whole, changed in zip(weights, lines, strict=True):
-            if whole[:, cols].data_ptr() != changed.data_ptr():
-                whole[:, cols] = changed.view(len(grad), -1)
+    for rows, cols in _pieces(grad):
+        part = target.part(rows, cols)
+        weights = [tensor for tensor in (part.weight, part.correction) if tensor is not None]
+        places = _places(how.seeds[0], rows, cols), _places(target.seed, rows, cols, (target.row, target.col))
+        with _lines(grad[rows, cols], *_coded(*moments, rows, cols), *weights) as lines:
+            _compiled(_adamw)(lines[5:], lines[0], lines[1:5], *places, numbers, rates, mode)
 
 
 def _adam(
     grad: Tensor, m8: Tensor, m_scale: Tensor, v8: Tensor, v_scale: Tensor, key: Tensor, col: Tensor, numbers: Tensor
 ) -> Tensor:
     """Adam on blocks (N, block), with places (N, 1); codes and scales are written, the direction is returned."""
-    fresh1, b2, fresh2, c1, root_c2, eps = numbers[:6].unbind()
+    fresh1, b2, fresh2, c1, root_c2, eps = numbers.unbind()
     m = decode(m8, COMPANDED, signed=True) * m_scale
     v = decode(v8, COMPANDED, signed=False) * v_scale
     grad = grad.float()
@@ -92,14 +93,18 @@ def _adamw(
     place: tuple[Tensor, Tensor],
     dither: tuple[Tensor, Tensor],
     numbers: Tensor,
+    rates: Tensor,
     mode: str,
 ) -> None:
-    """The same, and the weight moves: `weights` is the weight, and its correction where there is one."""
+    """The same, and the weight moves: `weights` is the weight, and its correction where there is one.
+
+    `rates` are the factors of the direction and of the weight, in the dtype of the weight's values.
+    """
     weight, correction = weights[0], weights[1] if len(weights) > 1 else None
     m8, m_scale, v8, v_scale = coded
     step = _adam(grad, m8, m_scale, v8, v_scale, *place, numbers)
-    value = weight.float() if correction is None else join(weight, correction)
-    value = value * numbers[7] - step * numbers[6]
+    value = weight.to(rates.dtype) if correction is None else join(weight, correction)
+    value = value * rates[1] - step * rates[0]
     if mode == "nearest":
         weight.copy_(value)
     elif correction is None:
@@ -117,12 +122,13 @@ def _noise(like: Tensor, key: Tensor, col: Tensor) -> Tensor:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile with room for every length, dtype and rounding; torch's own limit is 8."""
+    """Compile with room for every dtype and rounding, torch's own limit is 8, and for sizes that happen to be equal."""
+    options: dict[str, Any] = {"recompile_limit": VARIANTS}
+    unrelated = symbolic_shapes.patch(use_duck_shape=False)  # type: ignore[attr-defined]
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        options: dict[str, Any] = {"recompile_limit": VARIANTS}
-        return torch.compile(function, fullgraph=True, dynamic=True, **options)
+        return unrelated(torch.compile(function, fullgraph=True, dynamic=True, **options))  # type: ignore[no-any-return]
     run = torch.compile(function, fullgraph=True, dynamic=True)
-    return torch._dynamo.config.patch(recompile_limit=VARIANTS)(run)  # type: ignore[no-any-return]
+    return unrelated(torch._dynamo.config.patch(**options)(run))  # type: ignore[no-any-return]
 
 
 def _numbers(t: int, how: Blockwise) -> Tensor:
@@ -131,40 +137,41 @@ def _numbers(t: int, how: Blockwise) -> Tensor:
     return torch.tensor([1 - b1, b2, 1 - b2, 1 - b1**t, root, how.eps / root if how.raw_eps else how.eps])
 
 
-def _uniform(matrix: Tensor) -> Iterator[slice]:
-    """Columns in whole blocks, then what is left."""
-    cols = matrix.shape[1] if len(matrix) else 0
-    whole = cols // COMPANDED.block * COMPANDED.block
-    for start, stop in ((0, whole), (whole, cols)):
-        if start < stop:
-            yield slice(start, stop)
+def _pieces(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into pieces of bounded size: of every tile the columns in whole blocks, then what is left."""
+    for rows, cols in tiles(matrix, PIECE):
+        whole = cols.stop - (cols.stop - cols.start) % COMPANDED.block
+        for start, stop in ((cols.start, whole), (whole, cols.stop)):
+            if start < stop:
+                yield rows, slice(start, stop)
 
 
-def _block(cols: slice) -> int:
-    width: int = cols.stop - cols.start
-    return min(COMPANDED.block, width)
+def _coded(first: Blocks, second: Blocks, rows: slice, cols: slice) -> tuple[Tensor, ...]:
+    """Codes and scales of a piece of either moment."""
+    return *first.part(rows, cols, COMPANDED), *second.part(rows, cols, COMPANDED)
 
 
-def _lines(matrix: Tensor, cols: slice) -> Tensor:
-    """Some columns of a matrix with one block a line: a view where the memory allows it, otherwise a copy."""
-    return matrix[:, cols].reshape(-1, _block(cols))
+@contextmanager
+def _lines(grad: Tensor, *written: Tensor) -> Iterator[list[Tensor]]:
+    """See a piece with one block a line, (N, block), and its scales as (N, 1); copies are written back at the end.
 
-
-def _coded_lines(blocks: Blocks, cols: slice) -> list[Tensor]:
-    part = blocks.part(slice(0, len(blocks.codes)), cols, COMPANDED)
-    return [part.codes.reshape(-1, _block(cols)), part.scale.reshape(-1, 1)]
-
-
-def _put_back(blocks: Blocks, lines: Sequence[Tensor], cols: slice) -> None:
-    """Write lines that were copied back to where they came from."""
-    part = blocks.part(slice(0, len(blocks.codes)), cols, COMPANDED)
-    for whole, changed in zip(part, lines, strict=True):
+    They are views where the memory allows it.
+    """
+    blocks = COMPANDED.scales(grad.shape[1])
+    shapes = [(len(grad) * blocks, tensor.shape[1] // blocks) for tensor in (grad, *written)]
+    # Strides, and the shape of what a view is a part of (which `data` forgets), would each ask for a compilation.
+    lines = [t.reshape(shape).contiguous().data for t, shape in zip((grad, *written), shapes, strict=True)]
+    yield lines
+    for whole, changed in zip(written, lines[1:], strict=True):
         if whole.data_ptr() != changed.data_ptr():
             whole.copy_(changed.view(whole.shape))
 
 
-def _places(seed: int, first: tuple[int, int], matrix: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
-    """Of every line the key of its row and the number of its first column, int32 (N, 1)."""
-    starts = torch.arange(cols.start, cols.stop, _block(cols), dtype=torch.int32) + first[1]
-    keys = random.row_keys(seed, range(first[0], first[0] + len(matrix)))  # (rows, 1)
-    return keys.repeat_interleave(len(starts), 0), starts.repeat(len(matrix))[:, None]
+def _places(seed: int, rows: slice, cols: slice, first: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
+    """Of every line of a piece the key of its row and the number of its first column, int32 (N, 1).
+
+    `first` is the row and column of the whole weight where the matrix begins.
+    """
+    starts = torch.arange(cols.start, cols.stop, COMPANDED.block, dtype=torch.int32) + first[1]
+    keys = random.row_keys(seed, range(first[0] + rows.start, first[0] + rows.stop))  # (rows, 1)
+    return keys.repeat_interleave(len(starts), 0).data, starts[:, None].repeat(len(keys), 1)
