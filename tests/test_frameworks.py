@@ -167,6 +167,37 @@ def test_a_state_whose_form_changes_is_refused_and_has_a_way(tmp_path: Path) -> 
     assert_equal(again.state_dict(), optimizer.state_dict())
 
 
+@pytest.mark.parametrize("flatten", [True, False])
+def test_chosen_ranks_are_loaded_with_their_state_or_refused(flatten: bool) -> None:
+    """A flattened state dict is read by the names that a fresh optimizer has, and open ranks have none."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def build(model: nn.Module) -> Optimizer:
+        return GaLore(param_groups(model, rank="auto", energy=0.5), lr=LR)
+
+    model, other = llama(), llama()
+    optimizer, resumed = build(model), build(other)
+    train(model, optimizer, range(3))
+    state = get_optimizer_state_dict(model, optimizer, options=options)
+    if flatten:
+        with pytest.raises(ValueError, match=r"chosen ranks .* no state .* flatten_optimizer_state_dict=False"):
+            set_optimizer_state_dict(other, resumed, state, options=options)
+    else:
+        set_optimizer_state_dict(other, resumed, state, options=options)
+        assert_equal(resumed.state_dict(), optimizer.state_dict())
+
+
+def test_state_that_is_no_tensor_is_refused_by_name() -> None:
+    model = llama()
+    optimizer = OPTIMIZERS["galore"](model)
+    train(model, optimizer, range(1))
+    saved = optimizer.state_dict()
+    key = next(iter(saved["state"]))
+    saved["state"][key] = {**saved["state"][key], "step": {}}
+    with pytest.raises(ValueError, match=r"the loaded 'step' of parameter 0 .* is a dict, this GaLore needs a tensor"):
+        OPTIMIZERS["galore"](model).load_state_dict(saved)
+
+
 class Container(Optimizer, Stateful):
     """The contract of torchtitan 0.3's `OptimizersContainer`: regex groups with names, a flat state dict by names."""
 

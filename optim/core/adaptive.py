@@ -73,7 +73,7 @@ def tells(param: Tensor) -> bool:
 
 def rank_in(group: dict[str, Any], param: Tensor) -> int:
     """Return the rank chosen for a parameter of a group, 0 while there is none."""
-    pairs = zip(group["params"], group.get("ranks", ()), strict=False)
+    pairs = zip(group["params"], group.get("ranks") or (), strict=False)
     return next((rank for member, rank in pairs if member is param), 0)
 
 

@@ -90,6 +90,10 @@ def restore(
         if name in fresh:
             loaded |= zeros({name: spec})
             continue
+        if not isinstance(saved[name], Tensor | float | int):
+            raise ValueError(
+                f"the loaded {name!r} of {label} is a {type(saved[name]).__name__}, {reader} needs a tensor"
+            )
         value = torch.as_tensor(saved[name])
         if tuple(value.shape) != spec.shape:
             raise ValueError(

@@ -69,7 +69,7 @@ class Groups(Optimizer):
                 if name != "differentiable":  # torch adds it to the defaults when it loads, not to groups
                     group.setdefault(name, default)
         for held in self.state.values():
-            if "step" in held and not isinstance(held["step"], Tensor):
+            if isinstance(held.get("step"), int | float):
                 held["step"] = torch.tensor(float(held["step"]), dtype=torch.float32)
 
     def _validate(self, group: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from . import state
 from .bucket import Bucket, Plan
@@ -55,6 +56,7 @@ class Lifecycle(Groups):
         """Step a bucket of parameters that are not projected."""
         plain_(b)
 
+    @_disable_dynamo  # within a compiled training step: buckets and schedules are Python's to run
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one optimization step.
@@ -85,6 +87,7 @@ class Lifecycle(Groups):
         if bucket.params:
             (self.plain if plan.view is None else self._project)(bucket)
 
+    @_disable_dynamo
     @torch.no_grad()
     def step_one(self, param: Tensor) -> None:
         """Step one parameter by its gradient, as `step` would; what `enable_gradient_release` calls.

@@ -72,6 +72,18 @@ class SubspaceOptimizer(Lifecycle):
             param_group.setdefault("energy", None)
             param_group.setdefault("budget", None)
         super().add_param_group(param_group)
+        if self.param_groups[-1]["rank"] == AUTO:
+            self.param_groups[-1].setdefault("ranks", None)  # open; a key that is there from the start is not lost
+
+    def _restore(self, loaded: dict[str, Any]) -> None:
+        super()._restore(loaded)
+        for group in self.param_groups:
+            if group["rank"] == AUTO and group.get("ranks") and not any(self.state.get(p) for p in group["params"]):
+                raise ValueError(
+                    f"the checkpoint has chosen ranks {group['ranks'][:8]} and no state of their matrices: a flattened "
+                    "state dict loses state that a fresh optimizer does not have yet; save it nested, "
+                    "StateDictOptions(flatten_optimizer_state_dict=False), or by optimizer.state_dict()"
+                )
 
     def _prepare(self) -> None:
         """Choose the ranks of groups that leave them open, from the gradients of their first step."""
@@ -81,7 +93,7 @@ class SubspaceOptimizer(Lifecycle):
 
     def _waits(self, group: dict[str, Any]) -> bool:
         """A group whose ranks are open stands still until a gradient tells something of them."""
-        return group["rank"] == AUTO and "ranks" not in group
+        return group["rank"] == AUTO and group.get("ranks") is None
 
     def needs_all_gradients(self) -> str | None:
         """Ranks that are open are chosen from all gradients."""
@@ -102,7 +114,7 @@ class SubspaceOptimizer(Lifecycle):
         return super()._view(param, {**group, "rank": rank}) if rank else None
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return (*super()._structure(group), group["weight_norm"], tuple(group.get("ranks", ())))
+        return (*super()._structure(group), group["weight_norm"], tuple(group.get("ranks") or ()))
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         described = super()._specs(param, view, group)
