@@ -180,7 +180,7 @@ def test_chosen_ranks_are_loaded_with_their_state_or_refused(flatten: bool) -> N
     train(model, optimizer, range(3))
     state = get_optimizer_state_dict(model, optimizer, options=options)
     if flatten:
-        with pytest.raises(ValueError, match=r"chosen ranks .* no state .* flatten_optimizer_state_dict=False"):
+        with pytest.raises(ValueError, match="flatten_optimizer_state_dict=False"):
             set_optimizer_state_dict(other, resumed, state, options=options)
     else:
         set_optimizer_state_dict(other, resumed, state, options=options)
