@@ -38,6 +38,8 @@ class AdamW8bit(SubspaceOptimizer):
         ValueError: An option is out of range.
     """
 
+    shards = True
+
     def __init__(
         self,
         params: ParamsT,

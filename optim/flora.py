@@ -202,9 +202,9 @@ class Flora(Lifecycle):
         return {
             "step": counter(),
             "basis_key": Spec((), torch.int64, torch.device("cpu")),
-            "exp_avg_sq_row": Spec((view.m,), work, param.device),
-            "exp_avg_sq_col": Spec((view.n,), work, param.device),
-            **codec.specs("exp_avg", view.low_shape, param, o.state_dtype),
+            "exp_avg_sq_row": Spec((view.m,), work, param.device, axis="m"),
+            "exp_avg_sq_col": Spec((view.n,), work, param.device, axis="n"),
+            **codec.specs("exp_avg", view.low_shape, param, o.state_dtype, "kept"),
         }
 
 

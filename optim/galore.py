@@ -75,6 +75,7 @@ class GaLore(SubspaceOptimizer):
     works at any rank, a zero or non-finite gradient keeps the old basis instead of failing, and see `compat`.
     """
 
+    shards = True
     linear_between_refreshes = True
 
     def update(self, b: Bucket) -> None:

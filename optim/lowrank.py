@@ -64,6 +64,7 @@ class LowRank(SubspaceOptimizer):
         ValueError: An option is out of range, or the combination has no meaning; the message says why.
     """
 
+    shards = True
     linear_between_refreshes = True  # where there is no residual
 
     def __init__(
@@ -147,7 +148,7 @@ def _descend_(b: Bucket, pair: tuple[Tensor, Tensor], sound: Tensor | None, grou
     kind, (step, low) = group["residual"], pair
     if kind in NORM:
         how = Scaling.of(group, leak=1.0 if kind == "norm" else 0.0)
-        phi = residual.growth(step, low, by_row=how.by_row)
+        phi = residual.growth(b, step, low, by_row=how.by_row)
         phi = residual.limited(b, phi, low, how)
         if kind == "norm":
             step.addcmul_(phi[..., None], low, value=-1.0)  # N - phi o R

@@ -100,7 +100,10 @@ def specs(param: Tensor, o: Options) -> dict[str, Spec]:
     else:
         turned = tuple(shape[d] for d in order)
         statistics = {"exp_avg_sq_row": turned[:-1], "exp_avg_sq_col": turned[:-2] + turned[-1:]}
-    described = {name: Spec(size, work, param.device) for name, size in statistics.items()}
+    axes = {"exp_avg_sq_row": "m", "exp_avg_sq_col": "n"}
+    described = {
+        name: Spec(size, work, param.device, axis=axes.get(name, "param")) for name, size in statistics.items()
+    }
     if o.beta1 is not None:
         described |= codec.specs("exp_avg", shape, param, o.state_dtype)
     return {"step": counter(), **described}

@@ -28,7 +28,8 @@ def run_rule(b: Bucket, stored: Work, keys: list[tuple[int, ...]]) -> None:
         stored: The work, with states as they are stored.
         keys: What distinguishes each tensor in this step: the seed of the stochastic rounding of second moments.
     """
-    seeds = [random.mix(b.hyper.seed, *key) for key in keys]
+    place = [b.layout.box.row, b.layout.box.col] if b.layout.box else []  # pieces of one moment round apart
+    seeds = [random.mix(b.hyper.seed, *key, *place) for key in keys]
     if b.rule.coded_direction(stored, b.hyper, seeds):
         return
     names, storage = b.rule.buffers(tuple(stored.grads[0].shape), b.hyper), b.hyper.state_dtype

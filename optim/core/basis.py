@@ -21,6 +21,7 @@ from ...kernels.rounding import Target
 from ...kernels.tiles import row_blocks
 from . import compact, linalg
 from .change import Change, Match, Turn
+from .layout import ALONE, Layout
 from .spec import Spec
 from .view import MatrixView
 
@@ -84,7 +85,7 @@ class Basis(ABC):
         """Make a basis where no gradient tells one."""
 
     @abstractmethod
-    def change(self, held: State, new: Bases) -> Change:
+    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Change:
         """Compare the basis in use with a new one."""
 
     @abstractmethod
@@ -114,7 +115,10 @@ class Dense(Basis):
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
         """The basis in the weight's dtype or in few bits: `b r` elements, and `a r` for the left one of two."""
         if hyper.basis_dtype is None:
-            return {name: Spec(size, param.dtype, param.device) for name, size in view.basis_shapes.items()}
+            axes = {"basis": "basis", "basis_left": "kept"}
+            return {
+                name: Spec(size, param.dtype, param.device, axis=axes[name]) for name, size in view.basis_shapes.items()
+            }
         described: dict[str, Spec] = {}
         for name, size in view.basis_shapes.items():
             described |= compact.specs(name, size, hyper.basis_dtype, param.device)
@@ -145,11 +149,13 @@ class Dense(Basis):
         )
         return Bases(*found)
 
-    def change(self, held: State, new: Bases) -> Turn:
+    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Turn:
         """Overlaps of old and new directions."""
         dtype = new.basis.dtype
-        right = new.basis.T @ self.read(held, dtype)  # (r, r)
-        return Turn(right, None if new.left is None else new.left.T @ self.read(held, dtype, "basis_left"))
+        right = layout.sum_cols(new.basis.T @ self.read(held, dtype))  # (r, r)
+        if new.left is None:
+            return Turn(right)
+        return Turn(right, layout.sum_rows(new.left.T @ self.read(held, dtype, "basis_left")))
 
     def columns(self, held: State, size: int, dtype: torch.dtype) -> Tensor:
         """P itself."""
@@ -185,7 +191,7 @@ class Index(Basis):
         """A random subset."""
         return Bases(random.subset(seed, view.b, view.rank, device).int())
 
-    def change(self, held: State, new: Bases) -> Match:
+    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Match:
         """Which coordinates stay."""
         return Match.of(new.basis, held["basis"])
 

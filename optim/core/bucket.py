@@ -30,7 +30,7 @@ class Plan:
 
     Args:
         group: Index of the parameter group.
-        view: Orientation and rank; None for a plain bucket (any shapes).
+        view: Orientation and rank of the whole matrices; None for a plain bucket (any shapes).
         layout: Sums over shards.
         params: The parameters.
         positions: Position of each among all parameters of the optimizer: the source of its random numbers.
@@ -49,7 +49,7 @@ class Plan:
         if self.view is None:
             yield self
             return
-        a, r = self.view.low_shape
+        a, r = self.layout.local(self.view).low_shape
         budget = CPU_BUFFER if self.params[0].device.type == "cpu" else GPU_BUFFER
         size = max(1, budget // max(1, a * r))
         for start in range(0, len(self.params), size):
@@ -87,7 +87,12 @@ class Bucket:
 
     @property
     def view(self) -> MatrixView:
-        """Orientation and rank of the matrices."""
+        """Orientation and rank of the matrices, of this rank's pieces if they are sharded."""
+        return self.layout.local(self.whole)
+
+    @property
+    def whole(self) -> MatrixView:
+        """Orientation and rank of the whole matrices."""
         if self.plan.view is None:
             raise TypeError("a plain bucket has no view: its parameters are not projected")
         return self.plan.view
@@ -134,7 +139,7 @@ class Bucket:
         """Every weight to write to, as a matrix (m, n) in the order of its memory."""
         shape = (self.view.m, self.view.n)
         for param, held, position in zip(self.params, self.states, self.positions, strict=True):
-            yield from writing(param, held, self.hyper, position, shape)
+            yield from writing(param, held, self.hyper, position, shape, self.layout.box)
 
     def natural(self, index: int) -> Tensor:
         """The gradient of one parameter as a matrix (m, n), not oriented."""

@@ -55,15 +55,15 @@ def form_of(name: str, shape: Sequence[int], state_dtype: str) -> Format | None:
     return None if small or not name.endswith(("exp_avg", "exp_avg_sq")) else FORMATS.get(state_dtype)
 
 
-def specs(name: str, shape: tuple[int, ...], param: Tensor, state_dtype: str) -> dict[str, Spec]:
-    """Describe a moment: one tensor, or codes and scales."""
+def specs(name: str, shape: tuple[int, ...], param: Tensor, state_dtype: str, axis: str = "param") -> dict[str, Spec]:
+    """Describe a moment: one tensor, or codes and scales; `axis` is what its rows are where they are sharded."""
     form = form_of(name, shape, state_dtype)
     if form is None:
-        return {name: Spec(shape, storage_dtype(param.dtype, state_dtype), param.device)}
+        return {name: Spec(shape, storage_dtype(param.dtype, state_dtype), param.device, axis=axis)}
     rows, cols = matrix_shape(shape)
     return {
-        name: Spec(shape, form.code_dtype(signed=_signed(name)), param.device, form.name),
-        name + SCALE: Spec((rows, form.scales(cols)), torch.float32, param.device),
+        name: Spec(shape, form.code_dtype(signed=_signed(name)), param.device, form.name, axis),
+        name + SCALE: Spec((rows, form.scales(cols)), torch.float32, param.device, axis="m" if axis == "param" else axis),
     }
 
 

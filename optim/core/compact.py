@@ -28,7 +28,8 @@ _LARGEST = {torch.int8: 127, torch.uint8: 7}
 def specs(name: str, shape: tuple[int, int], dtype: str, device: torch.device) -> dict[str, Spec]:
     """Describe a basis (b, r): `b r` bytes or `b ceil(r / 2)`, and `4 r` of scales."""
     rows, cols = shape
-    codes = Spec(shape, torch.int8, device) if dtype == "int8" else Spec((rows, -(-cols // 2)), torch.uint8, device)
+    form = (shape, torch.int8) if dtype == "int8" else ((rows, -(-cols // 2)), torch.uint8)
+    codes = Spec(*form, device, axis="basis")
     return {name: codes, name + SCALE: Spec((cols,), torch.float32, device)}
 
 

@@ -23,6 +23,7 @@ from ...kernels.project_back import piece
 from ...kernels.rounding import Target
 from .basis import DENSE, Bases, Basis, State, Step
 from .change import Change, Turn
+from .layout import ALONE, Layout
 from .spec import Spec
 from .view import MatrixView
 
@@ -150,7 +151,7 @@ class Segments(Basis):
         seeds = [random.mix(seed, position) for position in range(len(self.sizes))]
         return Bases(torch.stack([DENSE.arbitrary(view, own, device).basis for own in seeds]))
 
-    def change(self, held: State, new: Bases) -> Change:
+    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Change:
         """Overlaps of old and new directions, range by range."""
         pairs = zip(held["basis"], new.basis, strict=True)
         return Split(tuple(DENSE.change({"basis": old}, Bases(found)) for old, found in pairs), self.sizes)

@@ -80,7 +80,7 @@ def descend_(b: Bucket, index: int, low: Tensor) -> None:
     rules would blow up.
     """
     held, matrix, how = b.states[index], b.matrix(index), Descent.of(b.hyper)
-    norm = torch.linalg.vector_norm(matrix, dtype=b.dtype)
+    norm = b.layout.sum_all(torch.linalg.vector_norm(matrix, dtype=b.dtype).square()).sqrt() if not b.layout.alone else torch.linalg.vector_norm(matrix, dtype=b.dtype)
     usable = norm.isfinite() & (norm > 0)
     if b.fresh[index] or (norm.device.type == "cpu" and not usable):
         return
@@ -103,9 +103,10 @@ class Descending(Dense):
         """`b r` elements of P, and the state of its rule."""
         work, shape, own = codec.work_dtype(param.dtype), view.basis_shapes["basis"], Descent.of(hyper).hyper
         moments = {
-            PREFIX + name: Spec(size, work, param.device) for name, size in RULES[own.rule].buffers(shape, own).items()
+            PREFIX + name: Spec(size, work, param.device, axis="" if name.endswith("_col") else "basis")
+            for name, size in RULES[own.rule].buffers(shape, own).items()
         }
-        return {"basis": Spec(shape, work, param.device), f"{PREFIX}step": counter(), **moments}
+        return {"basis": Spec(shape, work, param.device, axis="basis"), f"{PREFIX}step": counter(), **moments}
 
 
 DESCENDING = Descending()

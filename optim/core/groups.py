@@ -17,6 +17,7 @@ from .cross_head import check_rows
 from .hyper import Hyper, normalise
 from .planning import make_plans
 from .reconcile import reconcile
+from .sharded import check_sharded
 from .spec import Spec
 from .summary import Summary, summarise
 from .validate import check_subspace
@@ -39,6 +40,9 @@ class Groups(Optimizer):
         ValueError: An option is out of range, unknown but close to a known one, or contradicts another.
     """
 
+    shards: bool = False
+    """Parameters may be sharded over devices."""
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # A bare tensor is torch's error to raise, not a list of its rows.
         groups: Any = params if isinstance(params, Tensor) else list(params)
@@ -60,6 +64,7 @@ class Groups(Optimizer):
         self._plans: list[Plan] = []
         self._plans_key: tuple[Any, ...] | None = None
         self._settled: dict[Tensor, dict[str, Spec]] = {}
+        self._pieces: dict[Tensor, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -130,10 +135,25 @@ class Groups(Optimizer):
                 for param in group["params"]:
                     self._admit(param, group)
             self._plans = make_plans(self.param_groups, self._view)
+            for plan in self._plans:
+                self._check_layout(plan)
             described = self._described()
             reconcile(self.state, described, self._settled)
             self._plans_key, self._settled = key, described
+            self._pieces = {}
         return self._plans
+
+    def _check_layout(self, plan: Plan) -> None:
+        """Refuse sharded parameters that the method cannot step piece by piece."""
+        if plan.layout.alone:
+            return
+        if not self.shards:
+            raise NotImplementedError(
+                f"got sharded parameters (DTensor), which {type(self).__name__} does not step yet: train with "
+                "torch.nn.parallel.DistributedDataParallel(model), or use GaLore, Fira or OnlineSubspaceDescent"
+            )
+        for param in plan.params:
+            check_sharded(param, self.param_groups[plan.group], plan.view, plan.layout)
 
     def _fingerprint(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What decides which state the parameters of a group have, and how weights are written."""

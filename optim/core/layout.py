@@ -2,58 +2,176 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from .sharding import Box, Sharding, shard_dim
+from .view import MatrixView
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor.placement_types import Placement
+
+
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+"""Their names since torch 2.13."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Process groups that shard the oriented matrix A (a x b); both empty on a single device.
+    """Process groups that shard the oriented matrix A (a x b); all empty on a single device.
 
-    Every optimizer is written with these two sums, so that sharding is a property of the layout:
+    Every optimizer is written with a few sums, so that sharding is a property of the layout:
 
-        project   R_i = sum_cols A_ij P_j
+        project   R_i = sum_cols A_ij P_j         reduced, and dealt out by rows where only b is sharded
         adjoint   Z_j = sum_rows A_ij^T Y_i
+        restore   U_ij = N_i P_j^T                N gathered where R was dealt out
 
     Args:
         rows: Groups over which the kept side a is sharded.
         cols: Groups over which the projected side b is sharded.
+        box: This rank's piece of the weight; None for a plain tensor.
+        sharding: Placements of the parameter; None for a plain tensor.
+        transposed: It is projected from the left, A = W^T.
     """
 
     rows: tuple[ProcessGroup, ...] = ()
     cols: tuple[ProcessGroup, ...] = ()
+    box: Box | None = None
+    sharding: Sharding | None = None
+    transposed: bool = False
 
     @classmethod
-    def of(cls, param: Tensor) -> Layout:
-        """Derive the layout of a parameter.
+    def of(cls, param: Tensor, *, transposed: bool = False) -> Layout:
+        """Derive the layout of a parameter that is projected from the right, or from the left (transposed)."""
+        sharding = Sharding.of(param)
+        if sharding is None:
+            return cls()
+        first, second = sharding.groups(0), sharding.groups(1)
+        rows, cols = (second, first) if transposed else (first, second)
+        return cls(rows, cols, sharding.box(), sharding, transposed)
 
-        Raises:
-            NotImplementedError: The parameter is sharded (a DTensor).
-        """
-        if hasattr(param, "placements"):
-            raise NotImplementedError(
-                f"got a sharded parameter (DTensor, placements {param.placements}), need a plain tensor: this version "
-                "projects on a single device or under DistributedDataParallel; wrap with "
-                "torch.nn.parallel.DistributedDataParallel(model) instead of fully_shard(model)"
-            )
-        return cls()
+    def place(self, axis: str) -> tuple[Placement, ...]:
+        """Placements of a state whose rows are one of `sharding.AXES`."""
+        if self.sharding is None:
+            raise TypeError("a plain parameter has no placements")
+        return self.sharding.place(axis, transposed=self.transposed, dealt=self.dealt)
+
+    def piece(self, grad: Tensor) -> Tensor:
+        """This rank's piece of a gradient, placed as its parameter."""
+        if self.sharding is None or not isinstance(grad, DTensor):
+            return grad
+        if tuple(grad.placements) != self.sharding.placements:
+            grad = grad.redistribute(placements=self.sharding.placements)
+        return grad.to_local()
+
+    def local(self, view: MatrixView) -> MatrixView:
+        """This rank's piece of a view of the whole weight."""
+        return view if self.box is None else replace(view, m=self.box.m, n=self.box.n)
+
+    def projected(self, view: MatrixView) -> range:
+        """Which of the projected coordinates this rank has, of a local view."""
+        first = 0 if self.box is None else self.box.row if self.transposed else self.box.col
+        return range(first, first + view.b)
+
+    def kept(self, view: MatrixView) -> range:
+        """Which rows of A this rank has, of a local view."""
+        first = 0 if self.box is None else self.box.col if self.transposed else self.box.row
+        return range(first, first + view.a)
+
+    @property
+    def alone(self) -> bool:
+        """Nothing is sharded."""
+        return not (self.rows or self.cols)
+
+    @property
+    def dealt(self) -> bool:
+        """Rows of R are dealt out over the group that shards b: all of them would be there otherwise."""
+        return len(self.cols) == 1 and not self.rows
+
+    @property
+    def low(self) -> tuple[ProcessGroup, ...]:
+        """Groups over which the rows of R are sharded once they are reduced."""
+        return self.cols if self.dealt else self.rows
 
     def sum_rows(self, tensor: Tensor) -> Tensor:
         """Sum a product contracted over the kept side."""
-        return _sum(tensor, self.rows)
+        return _reduce(tensor, self.rows, dist.ReduceOp.SUM)
 
     def sum_cols(self, tensor: Tensor) -> Tensor:
         """Sum a product contracted over the projected side."""
-        return _sum(tensor, self.cols)
+        return _reduce(tensor, self.cols, dist.ReduceOp.SUM)
+
+    def sum_low(self, tensor: Tensor) -> Tensor:
+        """Sum what was contracted over the rows of R."""
+        return _reduce(tensor, self.low, dist.ReduceOp.SUM)
+
+    def sum_all(self, tensor: Tensor) -> Tensor:
+        """Sum over all entries of A."""
+        return self.sum_rows(self.sum_cols(tensor))
+
+    def max_cols(self, tensor: Tensor) -> Tensor:
+        """The largest over the pieces of the projected side."""
+        return _reduce(tensor, self.cols, dist.ReduceOp.MAX)
+
+    def max_all(self, tensor: Tensor) -> Tensor:
+        """The largest over all pieces of A."""
+        return _reduce(tensor, self.rows + self.cols, dist.ReduceOp.MAX)
+
+    def reduce(self, low: Tensor) -> Tensor:
+        """Sum R (k, a, r) over the projected side, and keep this rank's rows where they are dealt out."""
+        if not self.dealt:
+            return self.sum_cols(low)
+        group = self.cols[0]
+        world, (k, a, r) = dist.get_world_size(group), low.shape
+        each = -(-a // world)
+        padded = torch.nn.functional.pad(low, (0, 0, 0, each * world - a))
+        parts = padded.view(k, world, each, r).transpose(0, 1).reshape(world * k, each, r)
+        own = torch.empty((k, each, r), dtype=low.dtype, device=low.device)
+        _reduce_scatter(own, parts, group=group)
+        return own[:, : self.own(a)].contiguous()
+
+    def gather_all(self, matrix: Tensor, whole: MatrixView) -> Tensor:
+        """A (a, b) out of its pieces, for what needs all of it at a refresh; a copy of the gradient's size."""
+        if self.sharding is None:
+            return matrix
+        shape = (whole.m, whole.n)
+        placements = tuple(Replicate() if shard_dim(p) is None else p for p in self.sharding.placements)
+        local = (matrix.T if self.transposed else matrix).contiguous()
+        full = replace(self.sharding, shape=shape).wrap(local, shape, placements).full_tensor()
+        return full.T if self.transposed else full
+
+    def gather(self, low: Tensor, rows: int) -> Tensor:
+        """All rows (k, a, r) of what `reduce` has dealt out, `rows` being a; what was not dealt out as it is."""
+        if not self.dealt:
+            return low
+        group = self.cols[0]
+        world, (k, _, r) = dist.get_world_size(group), low.shape
+        each = -(-rows // world)
+        padded = torch.nn.functional.pad(low, (0, 0, 0, each - low.shape[1])).contiguous()
+        parts = torch.empty((world * k, each, r), dtype=low.dtype, device=low.device)
+        _all_gather(parts, padded, group=group)
+        return parts.view(world, k, each, r).transpose(0, 1).reshape(k, world * each, r)[:, :rows].contiguous()
+
+    def own(self, rows: int) -> int:
+        """Rows of R that this rank keeps, as `torch.chunk` would deal them."""
+        group = self.cols[0]
+        each, rank = -(-rows // dist.get_world_size(group)), dist.get_rank(group)
+        return max(0, min(each, rows - rank * each))
 
 
-def _sum(tensor: Tensor, groups: tuple[ProcessGroup, ...]) -> Tensor:
+def _reduce(tensor: Tensor, groups: tuple[ProcessGroup, ...], op: dist.ReduceOp.RedOpType) -> Tensor:
     for group in groups:
-        dist.all_reduce(tensor, group=group)
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, op=op, group=group)
     return tensor
+
+
+ALONE = Layout()
+"""A single device."""

@@ -12,7 +12,9 @@ from torch._compile import _disable_dynamo
 from . import state
 from .bucket import Bucket, Plan
 from .groups import Groups, seen
+from .layout import Layout
 from .plain import plain_
+from .sharding import local
 
 
 class Lifecycle(Groups):
@@ -137,17 +139,19 @@ class Lifecycle(Groups):
             ready = self._low_grads.get(param)
             grad = param.grad if ready is None else ready
             if grad is None:
-                continue
+                if plan.layout.alone or not param.requires_grad:
+                    continue
+                grad = torch.zeros_like(param)  # collectives must be those of the other ranks
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             held = self.state[param]
             if not held:
-                held.update(state.zeros(self._state_of(param, plan.view, plan.group)))
-                if self._inert(hyper, grad):
+                held.update(state.zeros(self._state_of(param, plan.view, plan.group), plan.layout))
+                if self._inert(hyper, grad, plan.layout):
                     continue
-            bucket.params.append(param)
-            bucket.grads.append(grad)
-            bucket.states.append(held)
+            bucket.params.append(local(param))
+            bucket.grads.append(plan.layout.piece(grad))
+            bucket.states.append(self._piece(param, held, plan.layout))
             bucket.positions.append(position)
             bucket.offsets.append(offset)
             bucket.ready.append(ready)
@@ -155,10 +159,19 @@ class Lifecycle(Groups):
             bucket.fresh.append(False)
         return bucket
 
+    def _piece(self, param: Tensor, held: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+        """This rank's pieces of the state of a parameter, which share its memory."""
+        if layout.sharding is None:
+            return held
+        known = self._pieces.get(param)
+        if known is None or known[0] is not held:
+            known = self._pieces[param] = (held, {name: local(value) for name, value in held.items()})
+        return known[1]
+
     @staticmethod
-    def _inert(hyper: Any, grad: Tensor) -> bool:
+    def _inert(hyper: Any, grad: Tensor, layout: Layout) -> bool:
         """Recognise the warm-up step that checkpointing tools run to create state: lr 0 and zero gradients.
 
         It must allocate and do nothing else: no basis of zeros, no step counted.
         """
-        return float(hyper.lr) == 0.0 and not grad.any()
+        return float(hyper.lr) == 0.0 and not layout.max_all(layout.piece(grad).count_nonzero())

@@ -6,14 +6,11 @@ its rank; callers keep non-finite matrices out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ...kernels import random
-
-Sum = Callable[[Tensor], Tensor]
+from .layout import ALONE, Layout
 
 NOISE = 200
 """Roundings by which columns are perturbed where they are orthonormalised without pivots."""
@@ -22,23 +19,24 @@ ENOUGH = 0.999
 """Share of the energy of a matrix at which the search for its dominant subspace ends."""
 
 
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def orthonormal(columns: Tensor) -> Tensor:
+def orthonormal(columns: Tensor, layout: Layout = ALONE, first: int = 0) -> Tensor:
     """Orthonormalise tall columns; deficient directions become arbitrary orthonormal ones.
 
     By Householder QR on a CPU, where it is the fastest way; elsewhere by Cholesky factors, which are products for the
-    most part and never wait for the host.
+    most part and never wait for the host, and where rows are sharded, whose Gram matrices are sums.
+
+    Args:
+        columns: This rank's rows (b, l) of them.
+        layout: Sums over shards of the rows.
+        first: Number of the first of these rows in the whole.
     """
-    if columns.device.type != "cpu":
-        return cholesky_qr(columns)
+    if columns.device.type != "cpu" or layout.cols:
+        return cholesky_qr(columns, layout, first)
     factor: Tensor = torch.linalg.qr(columns)[0]
     return factor.contiguous()
 
 
-def cholesky_qr(columns: Tensor) -> Tensor:
+def cholesky_qr(columns: Tensor, layout: Layout = ALONE, first: int = 0) -> Tensor:
     """Orthonormalise tall columns by a perturbed, shifted Cholesky-QR in four passes.
 
     Columns are scaled to unit length and get relative noise of `NOISE` roundings, so that zero and dependent ones
@@ -47,19 +45,27 @@ def cholesky_qr(columns: Tensor) -> Tensor:
     """
     rows, count = columns.shape
     eps = torch.finfo(columns.dtype).eps
-    largest = columns.abs().amax(0).clamp_(min=torch.finfo(columns.dtype).tiny)
+    zeros = torch.zeros(1, count, dtype=columns.dtype, device=columns.device)  # an empty piece has no largest entry
+    largest = layout.max_cols(torch.cat([columns.abs(), zeros]).amax(0)).clamp_(min=torch.finfo(columns.dtype).tiny)
     scaled = columns / largest
-    scaled = scaled / torch.linalg.vector_norm(scaled, dim=0).clamp_(min=1.0)
-    noise = random.normal(rows, rows, count, columns.device).to(columns.dtype)
-    scaled = scaled.add_(noise, alpha=NOISE * eps / max(rows, 1) ** 0.5)
-    scaled = scaled / torch.linalg.vector_norm(scaled, dim=0)
+    scaled = scaled / _lengths(scaled, layout).clamp_(min=1.0)
+    total = float(layout.sum_cols(torch.tensor(float(rows)))) if layout.cols else float(rows)
+    noise = random.normal(count, range(first, first + rows), count, columns.device).to(columns.dtype)
+    scaled = scaled.add_(noise, alpha=NOISE * eps / max(total, 1.0) ** 0.5)
+    scaled = scaled / _lengths(scaled, layout)
     for shift in (count * eps, count * eps, 0.0, 0.0):
-        gram = scaled.T @ scaled
+        gram = layout.sum_cols(scaled.T @ scaled)
         gram.diagonal().add_(shift)
         factor = torch.linalg.cholesky_ex(gram)[0]
         scaled = torch.linalg.solve_triangular(factor.T, scaled, upper=True, left=False)
     result: Tensor = scaled.contiguous()
     return result
+
+
+def _lengths(columns: Tensor, layout: Layout) -> Tensor:
+    """Lengths of columns."""
+    lengths: Tensor = torch.linalg.vector_norm(columns, dim=0)
+    return layout.sum_cols(lengths.square()).sqrt() if layout.cols else lengths
 
 
 def product(matrix: Tensor, thin: Tensor) -> Tensor:
@@ -72,7 +78,8 @@ def range_finder(
     start: Tensor,
     iterations: int,
     scale: Tensor,
-    sum_rows: Sum = _identity,
+    layout: Layout = ALONE,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Randomized subspace iteration: `Q <- qr(A^T A Q)`, at most `iterations` times.
 
@@ -85,19 +92,20 @@ def range_finder(
         start: Well-conditioned start columns (b x l).
         iterations: Largest number of power iterations.
         scale: max|A|, divided out so that squares neither overflow nor vanish.
-        sum_rows: Sum over shards of the rows of A.
+        layout: Sums over shards of A.
+        first: Number of the first of this rank's rows of Q.
 
     Returns:
         Orthonormal columns Q (b x l), and `A Q / scale` (a x l).
     """
-    whole = sum_rows(_energy(matrix, scale))
+    whole = layout.sum_all(_energy(matrix, scale))
     columns = start
-    image = product(matrix, columns / scale)  # (a, l)
+    image = layout.sum_cols(product(matrix, columns / scale))  # (a, l)
     for done in range(iterations):
-        if done and 0 < ENOUGH * whole <= sum_rows(_energy(image, torch.ones_like(scale))):
+        if done and 0 < ENOUGH * whole <= layout.sum_rows(_energy(image, torch.ones_like(scale))):
             break
-        columns = orthonormal(sum_rows(product(matrix.T, image / scale)))
-        image = product(matrix, columns / scale)
+        columns = orthonormal(layout.sum_rows(product(matrix.T, image / scale)), layout, first)
+        image = layout.sum_cols(product(matrix, columns / scale))
     return columns, image
 
 
@@ -106,19 +114,19 @@ def _energy(matrix: Tensor, scale: Tensor) -> Tensor:
     return (norm / scale).square()
 
 
-def ritz(columns: Tensor, image: Tensor, rank: int, sum_rows: Sum = _identity) -> tuple[Tensor, Tensor]:
+def ritz(columns: Tensor, image: Tensor, rank: int, layout: Layout = ALONE) -> tuple[Tensor, Tensor]:
     """Rotate columns Q (b x l) to the r best directions of A within their span, largest first (Rayleigh-Ritz).
 
     Args:
         columns: Orthonormal Q (b x l).
         image: A Q (a x l).
         rank: r.
-        sum_rows: Sum over shards of the rows of A.
+        layout: Sums over shards of the rows of A.
 
     Returns:
         The basis P (b x r), and `A P` (a x r).
     """
-    rotation = eigenvectors(sum_rows(image.T @ image))[:, :rank]  # (l, r)
+    rotation = eigenvectors(layout.sum_rows(image.T @ image))[:, :rank]  # (l, r)
     return columns @ rotation, image @ rotation
 
 

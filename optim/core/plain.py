@@ -25,7 +25,7 @@ def plain_(b: Bucket) -> None:
     mine = []
     theirs: dict[bool, list[int]] = {}
     for index, param in enumerate(b.params):
-        if state.delegates(param, b.hyper):
+        if codec.coded(b.states[index], "exp_avg") is None and state.delegates(param, b.hyper):
             theirs.setdefault(state.runs_fused(param, b.hyper), []).append(index)
         else:
             mine.append(index)
@@ -63,7 +63,7 @@ def _by_rule(b: Bucket) -> None:
         return
     param, position = b.params[0], b.positions[0]
     lr, decay = rates(b, 0)
-    for target in writing(param, b.states[0], b.hyper, position):
+    for target in writing(param, b.states[0], b.hyper, position, box=b.layout.box):
         for piece, (part, grad, held) in enumerate(_pieces(b, target)):
             work = grad.to(b.dtype)
             step = torch.empty_like(work)
@@ -81,7 +81,7 @@ def _coded_adamw_(b: Bucket, t: int) -> bool:
         return False
     count = t if hyper.correct_bias else NO_CORRECTION
     how = blockwise(hyper, [random.mix(hyper.seed, position, t)])
-    for target in writing(b.params[0], held, hyper, position):
+    for target in writing(b.params[0], held, hyper, position, box=b.layout.box):
         adamw_ = pick(f"adamw_{how.form.name}", target.weight, hyper.backend)
         adamw_(target, codec.matrix(b.grads[0]), (first, second), count, *rates(b, 0), how)
     return True

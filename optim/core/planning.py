@@ -26,8 +26,10 @@ def make_plans(groups: Sequence[dict[str, Any]], see: See) -> list[Plan]:
     position = 0
     for index, group in enumerate(groups):
         for param in group["params"]:
-            key = (index, see(param, group), param.dtype, param.device, Layout.of(param))
-            plan = sorted_out.setdefault(key, Plan(index, key[1], key[4], [], [], []))
+            view = see(param, group)
+            layout = Layout.of(param, transposed=view is not None and view.transposed)
+            key = (index, view, param.dtype, param.device, layout)
+            plan = sorted_out.setdefault(key, Plan(index, view, layout, [], [], []))
             plan.params.append(param)
             plan.positions.append(position)
             position += 1

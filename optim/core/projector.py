@@ -32,7 +32,8 @@ class Request:
     Args:
         matrix: The oriented gradient A (a x b), finite and not zero.
         scale: max|A|, a 0-d tensor.
-        view: Orientation and rank.
+        view: Orientation and rank, of this rank's piece.
+        whole: The same of the whole matrix.
         layout: Sums over shards.
         seed: A seed of this matrix and this refresh.
         old: The basis in use (b x r), or None before the first refresh.
@@ -43,6 +44,7 @@ class Request:
     matrix: Tensor
     scale: Tensor
     view: MatrixView
+    whole: MatrixView
     layout: Layout
     seed: int
     old: Tensor | None
@@ -77,34 +79,37 @@ def sketch(request: Request) -> Bases:
     energy from a cold start on spectra down to i^-1/2, or warm on a drifting gradient (0.985 from the basis of an
     unrelated one).
     """
-    matrix, view, scale, sum_rows = request.matrix, request.view, request.scale, request.layout.sum_rows
-    width = min(view.rank + OVERSAMPLE, view.b)
+    matrix, view, scale, layout = request.matrix, request.view, request.scale, request.layout
+    width, mine = min(view.rank + OVERSAMPLE, request.whole.b), layout.projected(view)
     if request.old is None:
-        omega = random.normal(request.seed, view.a, width, matrix.device).to(scale.dtype)
-        start = linalg.orthonormal(sum_rows(linalg.product(matrix.T, omega / scale)))
+        omega = random.normal(request.seed, layout.kept(view), width, matrix.device).to(scale.dtype)
+        start = linalg.orthonormal(layout.sum_rows(linalg.product(matrix.T, omega / scale)), layout, mine.start)
     else:
-        fresh = random.normal(request.seed, view.b, width - view.rank, matrix.device).to(scale.dtype)
-        start = torch.cat([request.old.to(scale.dtype), fresh / view.b**0.5], dim=1)
-    columns, image = linalg.range_finder(matrix, start, POWER_ITERATIONS, scale, sum_rows)
-    basis, low = linalg.ritz(columns, image, view.rank, sum_rows)
+        fresh = random.normal(request.seed, mine, width - view.rank, matrix.device).to(scale.dtype)
+        start = torch.cat([request.old.to(scale.dtype), fresh / request.whole.b**0.5], dim=1)
+    columns, image = linalg.range_finder(matrix, start, POWER_ITERATIONS, scale, layout, mine.start)
+    basis, low = linalg.ritz(columns, image, view.rank, layout)
     return _bases(request, basis, low.mul_(scale))
 
 
 def svd(request: Request) -> Bases:
-    """The exact leading singular vectors, from the smaller Gram matrix in fp64."""
-    basis = linalg.exact_basis(request.matrix, request.view.rank, request.scale.double()).to(request.scale.dtype)
-    return _bases(request, basis, request.matrix.to(basis.dtype) @ basis)
+    """The exact leading singular vectors, from the smaller Gram matrix in fp64; pieces of a matrix are gathered."""
+    matrix = request.layout.gather_all(request.matrix, request.whole)
+    basis = linalg.exact_basis(matrix, request.view.rank, request.scale.double()).to(request.scale.dtype)
+    basis = basis[_mine(request)]
+    return _bases(request, basis, request.layout.sum_cols(request.matrix.to(basis.dtype) @ basis))
 
 
 def anything(basis: Basis) -> Callable[[Request], Bases]:
     """From the seed alone, new at every refresh, without a look at the gradient."""
 
     def find(request: Request) -> Bases:
-        found = basis.arbitrary(request.view, request.seed, request.matrix.device)
+        found = basis.arbitrary(request.whole, request.seed, request.matrix.device)
         if not found.basis.is_floating_point():
             return found
         dtype = request.scale.dtype
-        return Bases(found.basis.to(dtype), None if found.left is None else found.left.to(dtype))
+        left = None if found.left is None else found.left[_slice(request.layout.kept(request.view))].to(dtype)
+        return Bases(found.basis[_mine(request)].to(dtype), left)
 
     return find
 
@@ -125,11 +130,20 @@ def cosines(request: Request) -> Bases:
 
 def official_svd(request: Request) -> Bases:
     """The authors' own SVD call: fp32, in the weight's orientation, rounded to the gradient's dtype."""
-    grad = request.matrix.T if request.view.transposed else request.matrix
-    left, right = linalg.lapack_bases(grad, request.view.rank)
+    matrix = request.layout.gather_all(request.matrix, request.whole)
+    left, right = linalg.lapack_bases(matrix.T if request.view.transposed else matrix, request.view.rank)
     if request.view.full:
-        return Bases(right, left)
-    return Bases(left if request.view.transposed else right)
+        return Bases(right[_mine(request)], left[_slice(request.layout.kept(request.view))])
+    return Bases((left if request.view.transposed else right)[_mine(request)])
+
+
+def _mine(request: Request) -> slice:
+    """This rank's rows of P."""
+    return _slice(request.layout.projected(request.view))
+
+
+def _slice(rows: range) -> slice:
+    return slice(rows.start, rows.stop)
 
 
 def _bases(request: Request, basis: Tensor, image: Tensor) -> Bases:

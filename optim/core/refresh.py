@@ -31,12 +31,19 @@ def refresh(b: Bucket) -> None:
             continue  # not due, or no full gradient to learn from
         if b.hyper.chooses.follows and held["refreshes"].item() > 0:
             continue
-        low, high = torch.aminmax(b.grads[index])  # an order of magnitude faster than the maximum norm
-        scale = torch.maximum(-low, high).to(b.dtype)  # max|A|
+        scale = b.layout.max_all(_largest(b.grads[index]).to(b.dtype))  # max|A|
         if scale.isfinite() and scale >= torch.finfo(b.dtype).tiny:
             _find(b, index, scale)
         else:
             _skip(b, index)
+
+
+def _largest(grad: Tensor) -> Tensor:
+    if not grad.numel():  # an empty piece
+        return torch.zeros((), device=grad.device)
+    low, high = torch.aminmax(grad)  # an order of magnitude faster than the maximum norm
+    largest = torch.maximum(-low, high)
+    return torch.where(largest.isnan(), torch.inf, largest)  # which survives the maximum over pieces
 
 
 def follow(b: Bucket, low: Tensor) -> None:
@@ -48,6 +55,7 @@ def follow(b: Bucket, low: Tensor) -> None:
     """
     if not b.hyper.chooses.follows:
         return
+    low = b.layout.gather(low, b.view.a)
     for index, held in enumerate(b.states):
         if b.ready[index] is None and b.hyper.projector == "descend":
             descend_(b, index, low[index])
@@ -62,6 +70,7 @@ def _find(b: Bucket, index: int, scale: Tensor) -> None:
         matrix=_wide(b.matrix(index)),
         scale=scale,
         view=b.view,
+        whole=b.whole,
         layout=b.layout,
         seed=random.mix(hyper.seed, b.positions[index], done),
         old=_old(b, held) if done else None,
@@ -71,7 +80,8 @@ def _find(b: Bucket, index: int, scale: Tensor) -> None:
     find = official_svd if hyper.official and hyper.projector == "svd" else hyper.chooses.find
     bases = find(request)
     _adopt(b, index, bases)
-    b.projected[index] = bases.image if hyper.basis_dtype is None else None  # rounding turns the basis a little
+    known = hyper.basis_dtype is None and not b.layout.cols  # rounding turns the basis; sums over columns come later
+    b.projected[index] = bases.image if known else None
     b.fresh[index] = True
 
 
@@ -83,13 +93,14 @@ def _track(b: Bucket, index: int, low: Tensor) -> None:
     """
     matrix, held = _wide(b.matrix(index)), b.states[index]
     image = linalg.product(matrix, DENSE.read(held, b.dtype)) if b.view.full else low  # A P (a, r)
-    scale = image.abs().amax()
+    scale = b.layout.max_all(_largest(image))
     adjoint = b.layout.sum_rows(linalg.product(matrix.T, image / scale))
-    largest = adjoint.abs().amax()
+    largest = b.layout.max_cols(_largest(adjoint))
     if not (scale.isfinite() and largest.isfinite()) or scale < torch.finfo(b.dtype).tiny:
         held["skipped_refreshes"] += 1
         return
-    basis = linalg.orthonormal(adjoint / torch.where(largest > 0, largest, 1.0))
+    first = b.layout.projected(b.view).start
+    basis = linalg.orthonormal(adjoint / torch.where(largest > 0, largest, 1.0), b.layout, first)
     left = linalg.orthonormal(linalg.product(matrix, basis) / scale) if b.view.full else None
     _adopt(b, index, Bases(basis, left))
 
@@ -109,7 +120,7 @@ def _adopt(b: Bucket, index: int, new: Bases) -> None:
     held, hyper = b.states[index], b.hyper
     interval: float = hyper.update_proj_gap
     if held["refreshes"] > 0:
-        change = b.basis.change(held, new)
+        change = b.basis.change(held, new, b.layout)
         carry_moments(b, index, change)
         if hyper.lazy is not None and change.overlap() >= hyper.lazy:
             interval = min(2 * max(float(held[INTERVAL]), interval), LAZIEST * interval)
@@ -127,4 +138,7 @@ def _skip(b: Bucket, index: int) -> None:
     held["skipped_refreshes"] += 1
     if int(held["refreshes"]) == 0:
         seed = random.mix(b.hyper.seed, b.positions[index])
-        b.basis.store(held, b.basis.arbitrary(b.view, seed, b.params[index].device))
+        found = b.basis.arbitrary(b.whole, seed, b.params[index].device)
+        mine, kept = b.layout.projected(b.view), b.layout.kept(b.view)
+        left = None if found.left is None else found.left[kept.start : kept.stop]
+        b.basis.store(held, Bases(found.basis[mine.start : mine.stop], left))

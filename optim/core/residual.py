@@ -71,17 +71,24 @@ def check(group: Mapping[str, Any]) -> None:
         )
 
 
-def growth(step: Tensor, low: Tensor, *, by_row: bool) -> Tensor:
+def growth(b: Bucket, step: Tensor, low: Tensor, *, by_row: bool) -> Tensor:
     """How much the rule magnified the gradient: `phi_i = |N_i| / |R_i|` for rows of R, or one for the matrix.
 
     Args:
+        b: The bucket.
         step: N (k, a, r).
         low: R (k, a, r).
         by_row: One factor a row (k, a), else one a matrix (k, 1).
     """
-    dims = (2,) if by_row else (1, 2)
-    ratio: Tensor = torch.linalg.vector_norm(step, dim=dims) / (torch.linalg.vector_norm(low, dim=dims) + TINY)
-    return ratio if by_row else ratio[:, None]
+    ratio: Tensor
+    if by_row:
+        ratio = torch.linalg.vector_norm(step, dim=2) / (torch.linalg.vector_norm(low, dim=2) + TINY)
+        return ratio
+    norms = [torch.linalg.vector_norm(part, dim=(1, 2)) for part in (step, low)]
+    if b.layout.low:
+        norms = list(b.layout.sum_low(torch.stack(norms).square()).sqrt())
+    ratio = norms[0] / (norms[1] + TINY)
+    return ratio[:, None]
 
 
 def residual_squares(b: Bucket, low: Tensor, share: float = 1.0) -> Tensor:
@@ -92,7 +99,7 @@ def residual_squares(b: Bucket, low: Tensor, share: float = 1.0) -> Tensor:
     """
     view = b.view
     whole = torch.stack([_row_squares(b.matrix(index), b.dtype) for index in range(len(b.params))])  # (k, a)
-    whole = b.layout.sum_cols(whole)
+    whole = b.layout.reduce(whole[..., None])[..., 0]  # (k, a), those of R's rows
     low_squares = low.square().sum(dim=2)
     if view.full:
         whole, low_squares = whole.sum(1, keepdim=True), low_squares.sum(1, keepdim=True)
@@ -125,10 +132,10 @@ def limited(b: Bucket, phi: Tensor, low: Tensor, how: Scaling) -> Tensor:
     The authors' limiter sees N before bias correction.
     """
     squares = residual_squares(b, low, 2 * how.leak - how.leak**2)
-    phi.masked_fill_(~squares.sum(1, keepdim=True).isfinite(), 0.0)  # a bad gradient has no residual
+    phi.masked_fill_(~squares.sum(1, keepdim=True).isfinite(), 0.0)  # a bad gradient has no residual, piece by piece
     if how.gamma is None:
         return phi
-    norms = (phi.square() * squares.nan_to_num_()).sum(1).sqrt()  # |S|  (k,)
+    norms = b.layout.sum_low((phi.square() * squares.nan_to_num_()).sum(1)).sqrt()  # |S|  (k,)
     for index, held in enumerate(b.states):
         t, (beta1, beta2) = int(held["step"]), b.hyper.betas
         corrected = b.hyper.official and b.hyper.correct_bias and b.hyper.rule == "adamw"

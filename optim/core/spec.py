@@ -8,12 +8,21 @@ import torch
 
 
 class Spec(NamedTuple):
-    """Metadata of a state tensor; `form` names the code of those that are coded."""
+    """Metadata of a state tensor.
+
+    Args:
+        shape: Its shape, of the whole where it is sharded.
+        dtype: Its dtype.
+        device: Its device.
+        form: Name of the code of one that is coded.
+        axis: What its rows are, one of `sharding.AXES`: where they lie if the parameter is sharded.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     form: str | None = None
+    axis: str = ""
 
     @property
     def nbytes(self) -> int:

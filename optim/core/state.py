@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import codec
 from .hyper import Hyper
+from .layout import ALONE, Layout
 from .rules import RULES
 from .spec import Spec, counter
 from .view import MatrixView
@@ -37,7 +38,7 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
     shape = tuple(param.shape) if view is None else view.low_shape
     moments: dict[str, Spec] = {}
     for name, size in RULES[hyper.rule].buffers(shape, hyper).items():
-        moments |= codec.specs(name, size, param, hyper.state_dtype)
+        moments |= codec.specs(name, size, param, hyper.state_dtype, axis_of(name, projected=view is not None))
     if view is None:
         on_device = runs_fused(param, hyper) and param.device.type == "cuda"
         return {"step": counter(param.device if on_device else "cpu"), **moments}
@@ -47,6 +48,15 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
     if hyper.counts_coordinates:
         described[AGE] = Spec((view.rank,), torch.float32, param.device)
     return {**described, **hyper.basis.specs(param, view, hyper), **moments}
+
+
+def axis_of(name: str, *, projected: bool) -> str:
+    """What the rows of a moment are, for `Spec.axis`."""
+    if name.endswith("_col"):
+        return "" if projected else "n"
+    if projected:
+        return "kept"
+    return "m" if name.endswith("_row") else "param"
 
 
 def delegates(param: Tensor, hyper: Hyper) -> bool:
@@ -66,6 +76,13 @@ def runs_fused(param: Tensor, hyper: Hyper) -> bool:
     return hyper.fused
 
 
-def zeros(described: Mapping[str, Spec]) -> dict[str, Tensor]:
-    """Allocate state from its description."""
-    return {name: torch.zeros(s.shape, dtype=s.dtype, device=s.device) for name, s in described.items()}
+def zeros(described: Mapping[str, Spec], layout: Layout = ALONE) -> dict[str, Tensor]:
+    """Allocate state from its description, of that of a sharded parameter this rank's piece."""
+    if layout.sharding is None:
+        return {name: torch.zeros(s.shape, dtype=s.dtype, device=s.device) for name, s in described.items()}
+    return {
+        name: layout.sharding.zeros(s.shape, s.dtype, layout.place(s.axis))
+        if s.shape
+        else torch.zeros(s.shape, dtype=s.dtype, device=s.device)
+        for name, s in described.items()
+    }

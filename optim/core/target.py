@@ -11,6 +11,7 @@ from torch import Tensor
 from ...kernels import random
 from ...kernels.rounding import CORRECTIONS, Target
 from .codec import State, matrix_shape
+from .sharding import Box
 from .spec import Spec
 
 CORRECTION = "correction"
@@ -33,7 +34,7 @@ def specs(param: Tensor, rounding: str) -> dict[str, Spec]:
     """Describe the correction of a weight: one or two bytes an element of bf16, nothing for wider ones."""
     if rounding not in CORRECTIONS or param.dtype != torch.bfloat16:
         return {}
-    return {CORRECTION: Spec(tuple(param.shape), CORRECTIONS[rounding], param.device)}
+    return {CORRECTION: Spec(tuple(param.shape), CORRECTIONS[rounding], param.device, axis="param")}
 
 
 def check(param: Tensor, group: dict[str, Any]) -> None:
@@ -50,18 +51,24 @@ def check(param: Tensor, group: dict[str, Any]) -> None:
 
 
 def writing(
-    param: Tensor, held: State, how: Rounds, position: int, shape: tuple[int, int] | None = None
+    param: Tensor,
+    held: State,
+    how: Rounds,
+    position: int,
+    shape: tuple[int, int] | None = None,
+    box: Box | None = None,
 ) -> Iterator[Target]:
     """Yield a parameter to write to, as a matrix of a given shape or of (first dimension, rest).
 
     One that cannot be viewed as a matrix, channels-last say, is copied back. Random bits are a function of the seed,
-    the position of the parameter and its step.
+    the position of the parameter and its step, and of rows and columns in the whole weight of which it is the box.
     """
     shape = shape or matrix_shape(param.shape)
     weight = param.detach().reshape(shape)
     correction = held[CORRECTION].view(shape) if CORRECTION in held else None
     mode = how.rounding if param.dtype == torch.bfloat16 else "nearest"  # wider weights are exact
     seed = 0 if mode == "nearest" else random.mix(how.seed, position, int(held["step"]), 1)
-    yield Target(weight, mode, correction, seed)
+    row, col = (box.row, box.col) if box else (0, 0)
+    yield Target(weight, mode, correction, seed, row, col)
     if weight.data_ptr() != param.data_ptr():
         param.copy_(weight.view_as(param))

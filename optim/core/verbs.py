@@ -41,7 +41,7 @@ def project(b: Bucket) -> Tensor:
         else:
             low[index].copy_(known)
             b.projected[index] = None
-    low = b.layout.sum_cols(low)
+    low = b.layout.reduce(low)
     if b.hyper.maximize:
         low.neg_()
     b.usable[:] = _silence_non_finite_(low).unbind()
@@ -80,9 +80,23 @@ def project_back_(b: Bucket, step: Tensor | None, rows: Tensor | None = None) ->
         step: N (k, a, r); None leaves the first term out.
         rows: s, factors of the rows of the gradient, (k, a) or (k, 1); None leaves the last term out.
     """
+    step, rows = gathered(b, step, rows)
     for index, target in enumerate(b.targets()):
         residual = None if rows is None else scaled_rows(b, index, rows[index])
         move_back_(b, index, target, None if step is None else step[index], residual)
+
+
+def gathered(b: Bucket, step: Tensor | None, rows: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """All rows of N and of s, where they were dealt out with those of R: one collective."""
+    if not b.layout.dealt:
+        return step, rows
+    count = b.layout.own(b.view.a)
+    parts = [] if step is None else [step]
+    if rows is not None:
+        parts.append(rows.expand(-1, count)[..., None])
+    whole = b.layout.gather(torch.cat(parts, dim=2), b.view.a)
+    split = whole.shape[2] - (rows is not None)
+    return (None if step is None else whole[..., :split]), (None if rows is None else whole[..., -1])
 
 
 def scaled_rows(b: Bucket, index: int, rows: Tensor) -> Scaled:

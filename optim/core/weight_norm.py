@@ -39,7 +39,7 @@ def specs(param: Tensor, hyper: Hyper) -> dict[str, Spec]:
     check(param)
     rows = (param.shape[0],)
     names = {"weight": rows, "direction": rows, **RULES[hyper.rule].buffers(rows, hyper)}
-    described = {PREFIX + name: Spec(shape, param.dtype, param.device) for name, shape in names.items()}
+    described = {PREFIX + name: Spec(shape, param.dtype, param.device, axis="m") for name, shape in names.items()}
     return {STEP: counter(), **described}
 
 

@@ -1,0 +1,57 @@
+"""What cannot be sharded yet, refused before the first step with the line to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .basis import Dense
+from .cross_head import Segments
+from .layout import Layout
+from .projector import PROJECTORS
+from .view import MatrixView
+
+KEEP = "shard the kept side, fully_shard(model, shard_placement_fn=kept_shard)"
+
+
+def check_sharded(param: Tensor, group: Mapping[str, Any], view: MatrixView | None, layout: Layout) -> None:
+    """Refuse a sharded parameter whose group asks for what needs more of it than the sums of its layout.
+
+    Raises:
+        NotImplementedError: It does.
+    """
+    if layout.alone:
+        return
+    reason = _plain(group) if view is None else _projected(group, view, layout)
+    if reason:
+        raise NotImplementedError(f"got a sharded {tuple(param.shape)} parameter, and {reason}")
+
+
+def _plain(group: Mapping[str, Any]) -> str | None:
+    if group.get("rule", "adamw") == "adafactor":
+        return "rule='adafactor' has statistics of whole rows and columns: choose 'adamw', 'lion', 'rmsprop' or 'sgd'"
+    return None
+
+
+def _projected(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> str | None:
+    projector = PROJECTORS.get(group.get("projector", "sketch"))
+    if _plain(group):
+        return _plain(group)
+    if view.full:
+        return "proj_type='full' has no side that is kept: choose proj_type='std'"
+    if group.get("weight_norm"):
+        return "weight_norm=True needs whole rows: drop the option"
+    if projector is None or projector.side == "flat" or group.get("num_heads") is not None:
+        return f"projector={group.get('projector')!r} needs whole matrices: choose 'sketch', or 'columns'"
+    if not layout.cols:
+        return None
+    if not isinstance(projector.basis, Dense) or isinstance(projector.basis, Segments):
+        return f"projector={group['projector']!r} chooses among coordinates that are sharded: {KEEP}"
+    if group.get("basis_dtype") is not None:
+        return f"basis_dtype={group['basis_dtype']!r} has scales of whole columns: drop the option, or {KEEP}"
+    if group.get("projector") == "descend" and group.get("proj_rule") == "adafactor":
+        return "proj_rule='adafactor' has statistics of whole columns: choose 'adam', 'lion' or 'sgd'"
+    return None
+

@@ -1,0 +1,126 @@
+"""Where a parameter lies on a device mesh: its local piece, and how state is laid out beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+AXES = ("param", "m", "n", "kept", "basis", "")
+"""What the rows of a state are: `param` all dimensions of the parameter, `m` and `n` its rows and columns as a matrix,
+`kept` the rows of R, `basis` the rows of P, and nothing of it where every rank has all."""
+
+
+class Box(NamedTuple):
+    """The local piece of a parameter as a matrix (first dimension, rest): its first cell, and its size."""
+
+    row: int
+    col: int
+    m: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Placements of a DTensor parameter.
+
+    Args:
+        mesh: The device mesh.
+        placements: One a mesh dimension.
+        shape: Global shape of the parameter.
+    """
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, param: Tensor) -> Sharding | None:
+        """Read it from a parameter; None for a plain tensor.
+
+        Raises:
+            NotImplementedError: A weight of more than two dimensions is sharded in its third or a later one, or a
+                placement is neither a shard nor a replica.
+        """
+        if not isinstance(param, DTensor):
+            return None
+        for placement in param.placements:
+            dim = shard_dim(placement)
+            if not placement.is_replicate() and (dim is None or dim > 1):
+                raise NotImplementedError(
+                    f"got a {tuple(param.shape)} parameter with placements {param.placements}, need Shard(0), Shard(1) "
+                    "or Replicate(): pass fully_shard(model, shard_placement_fn=lambda p: Shard(0))"
+                )
+        return cls(param.device_mesh, tuple(param.placements), tuple(param.shape))
+
+    def groups(self, dim: int) -> tuple[Any, ...]:
+        """Process groups over which a dimension is sharded."""
+        return tuple(
+            self.mesh.get_group(index) for index, placement in enumerate(self.placements) if shard_dim(placement) == dim
+        )
+
+    def box(self) -> Box:
+        """The local piece."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        local, offset = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
+        rest = 1
+        for size in self.shape[2:]:
+            rest *= size
+        if len(self.shape) < 2:  # a vector is one row
+            return Box(0, offset[0] if offset else 0, 1, local[0] if local else 1)
+        return Box(offset[0], offset[1] * rest, local[0], local[1] * rest)
+
+    def place(self, axis: str, *, transposed: bool = False, dealt: bool = False) -> tuple[Placement, ...]:
+        """Placements of a state whose rows are one of `AXES`.
+
+        Args:
+            axis: Which.
+            transposed: The parameter is projected from the left, so that its columns are the kept side.
+            dealt: Rows of R are dealt out over the mesh dimension that shards the projected side.
+        """
+        if axis == "param":
+            return self.placements
+        kept = 1 if transposed else 0
+        dim = {"m": 0, "n": 1, "kept": kept, "basis": 1 - kept}.get(axis)
+        return tuple(self._follow(placement, dim, dealt and axis == "kept") for placement in self.placements)
+
+    @staticmethod
+    def _follow(placement: Placement, dim: int | None, dealt: bool) -> Placement:
+        own = shard_dim(placement)
+        if own is None or (own != dim and not dealt):
+            return Replicate()
+        if isinstance(placement, Shard) or own != dim:
+            return Shard(0)
+        return type(placement)(0, split_factor=placement.split_factor)  # type: ignore[attr-defined]
+
+    def wrap(self, local: Tensor, shape: tuple[int, ...], placements: tuple[Placement, ...]) -> DTensor:
+        """Make a DTensor of a local piece, whose global shape uneven pieces do not tell."""
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, placements: tuple[Placement, ...]) -> DTensor:
+        """Zeros of a global shape, of which this rank allocates its piece."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        local, _ = compute_local_shape_and_global_offset(shape, self.mesh, placements)
+        device = torch.device(self.mesh.device_type)
+        return self.wrap(torch.zeros(local, dtype=dtype, device=device), shape, placements)
+
+
+def shard_dim(placement: Placement) -> int | None:
+    """The dimension that a placement shards, strided shards (of two mesh dimensions) included."""
+    dim = getattr(placement, "dim", None)
+    return dim if isinstance(dim, int) and not placement.is_partial() else None
+
+
+def local(tensor: Any) -> Any:
+    """The local piece of a DTensor, sharing its memory; anything else as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
