@@ -167,7 +167,7 @@ PROJECTORS: dict[str, Projector] = {
     "track": Projector(sketch, follows=True),
     "descend": Projector(first_of_descent, DESCENDING, follows=True),
     "random": Projector(anything(DENSE)),
-    "gaussian": Projector(anything(GAUSSIAN)),
+    "gaussian": Projector(anything(GAUSSIAN), GAUSSIAN),
     "cross_head": Projector(partial(cross_head, sketch), DENSE, "right"),
     "dct": Projector(cosines, COSINE),
     "columns": Projector(anything(INDEX), INDEX, "right"),
