@@ -136,28 +136,39 @@ def step_time(
 @app.command(
     "plan",
     context_settings=OPEN_ENDED,
-    epilog="Every option of the optimizer is a flag too, such as --rank 1024 --state-dtype 8bit.",
+    epilog="Every option of the optimizer is a flag too, such as --rank 1024 --state-dtype 8bit (or --state 8bit).",
 )
 def plan_memory(
     context: typer.Context,
     *,
     model: Annotated[str, typer.Option(help="A model name or a config JSON.")] = "7b",
     optimizer: Annotated[str, typer.Option(help="One of those that `lowmem optimizers` lists.")] = "galore",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16: the type of weights and gradients.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16: the type of weights, gradients, activations.")] = "bf16",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a micro-batch.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens in a sequence.")] = 256,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute activations in the backward pass.")
+    ] = False,
+    release: Annotated[bool, typer.Option("--release", help="Step parameters in the backward pass.")] = False,
+    budget: Annotated[str, typer.Option(help="Memory that there is, such as 24GB or 24GiB.")] = "",
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.", show_default="not written")] = None,
 ) -> None:
-    """Tell what training takes in memory, beside AdamW, without allocating it."""
+    """Tell what training takes in memory, beside AdamW, without allocating it; with --budget also what to turn."""
     _check_dtype(dtype)
     from .optimizers import run_options
     from .options import flags_to_texts, parse_options
 
     options = run_options(optimizer)
     texts = flags_to_texts(context.args, [option.name for option in options.values() if bool in option.kinds])
+    if "state" in texts and "state_dtype" in options:
+        texts["state_dtype"] = texts.pop("state")
     _refuse_unknown(context, optimizer, texts, options)
-    from .plan import Settings
+    from .plan import parse_bytes
     from .plan import plan_memory as run
+    from .planner import Settings
 
-    run(Settings(model, optimizer, parse_options(optimizer, options, texts), dtype), out)
+    values, room = parse_options(optimizer, options, texts), parse_bytes(budget) if budget else None
+    run(Settings(model, optimizer, values, dtype, batch_size, length, checkpointing, release, room), out)
 
 
 @app.command("gpu-check")

@@ -3,6 +3,7 @@
 from .accumulate import SubspaceAccumulator
 from .adafactor import Adafactor
 from .adamw import AdamW8bit
+from .apollo import Apollo, APOLLOAdamW
 from .badam import LISA, BAdam
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .convert import convert_state
@@ -21,8 +22,10 @@ from .release import GradientRelease, enable_gradient_release
 
 __all__ = [
     "LISA",
+    "APOLLOAdamW",
     "Adafactor",
     "AdamW8bit",
+    "Apollo",
     "BAdam",
     "Fira",
     "FiraAdamW",

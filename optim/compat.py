@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import presets, trainer
+from .apollo import APOLLOAdamW
 from .core.lifecycle import Lifecycle
 
 BITSANDBYTES = {
@@ -60,11 +61,15 @@ class GaLoreAdamW8bit(presets.GaLoreAdamW8bit):
         super().__init__(params, lr, betas, eps, weight_decay, **options)
 
 
-GALORE_TORCH: dict[str, type[Lifecycle]] = {
-    "GaLoreAdafactor": presets.GaLoreAdafactor,
-    "GaLoreAdamW": presets.GaLoreAdamW,
-    "GaLoreAdamW8bit": GaLoreAdamW8bit,
+MODULES: dict[str, dict[str, type[Lifecycle]]] = {
+    "galore_torch": {
+        "GaLoreAdafactor": presets.GaLoreAdafactor,
+        "GaLoreAdamW": presets.GaLoreAdamW,
+        "GaLoreAdamW8bit": GaLoreAdamW8bit,
+    },
+    "apollo_torch": {"APOLLOAdamW": APOLLOAdamW},
 }
+"""Import names that are served, and what is in them."""
 
 VERSION = "1.0+lowmem"
 
@@ -72,19 +77,20 @@ _installed: Shims | None = None
 
 
 def install() -> Shims:
-    """Serve the import name `galore_torch`, and the Trainer's strings for it, by the optimizers of this package.
+    """Serve the import names `galore_torch` and `apollo_torch`, and the Trainer's strings for them, by this package.
 
         from lowmem.optim.compat import install
 
-        install()  # before frameworks that ask for `galore_torch` when they are imported
+        install()  # before frameworks that ask for these modules when they are imported
         arguments = TrainingArguments(optim="galore_adamw", optim_args="rank=64", optim_target_modules=["attn", "mlp"])
         Trainer(model, arguments, train_dataset=data).train()
 
     Two things change, in this process only. `import galore_torch` finds a module of `GaLoreAdamW`, `GaLoreAdamW8bit`
-    and `GaLoreAdafactor`, in the place of an installed one if there is one; its version is "1.0+lowmem". And where
-    transformers is installed, two methods of `Trainer`, `get_optimizer_cls_and_kwargs` and `create_optimizer`, serve
-    `optim="galore_adamw"`, `"galore_adamw_8bit"`, `"galore_adafactor"` and their twins in `"_layerwise"`; every other
-    string goes on to the methods that were there. What differs from the Trainer with the authors' package:
+    and `GaLoreAdafactor`, and `import apollo_torch` one of `APOLLOAdamW`, in the place of installed ones if there are
+    any; their version is "1.0+lowmem". And where transformers is installed, two methods of `Trainer`,
+    `get_optimizer_cls_and_kwargs` and `create_optimizer`, serve `optim="galore_adamw"`, `"galore_adamw_8bit"`,
+    `"galore_adafactor"`, `"apollo_adamw"` and their twins in `"_layerwise"`; every other string goes on to the methods
+    that were there. What differs from the Trainer with the authors' packages:
 
     - `weight_decay` is honoured, with the Trainer's own choice of what decays (no biases, no norms), and so are
       `adam_beta1`, `adam_beta2` and `adam_epsilon`, which Adafactor has not; the Trainer ignores all four.
@@ -94,9 +100,6 @@ def install() -> Shims:
       trains: schedules, logged rates, checkpoints and resuming are those of any optimizer. What needs all gradients at
       once (clipping, accumulation, a scaler, averaging over processes) is refused: pass `max_grad_norm=0`, which is 1
       by default. The logged norm is 0.
-
-    `optim="apollo_adamw"` is not served: it stays with `apollo_torch` where that is installed, and is otherwise refused
-    with what is nearest here.
 
     Returns:
         A handle with `remove()`, which is a context manager too; the same one while it is in place.
@@ -146,25 +149,30 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the module, and the metadata by which frameworks check that a package is installed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        found = name == "galore_torch"
-        return importlib.machinery.ModuleSpec(name, self, origin=__name__) if found else None
+        return importlib.machinery.ModuleSpec(name, self, origin=__name__) if name in MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:
-        vars(module).update(GALORE_TORCH, __version__=VERSION, __all__=list(GALORE_TORCH))
+        served = MODULES[module.__name__]
+        vars(module).update(served, __version__=VERSION, __all__=list(served))
 
     def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
-        if context is not None and str(context.name).replace("-", "_").lower() == "galore_torch":
-            yield _Distribution()
+        name = "" if context is None else str(context.name).replace("-", "_").lower()
+        if name in MODULES:
+            yield _Distribution(name)
 
 
 class _Distribution(importlib.metadata.Distribution):
+    def __init__(self, module: str) -> None:
+        self._module = module
+
     def read_text(self, filename: str) -> str | None:
         found = filename == "METADATA"
-        return f"Metadata-Version: 2.1\nName: galore-torch\nVersion: {VERSION}\n" if found else None
+        name = self._module.replace("_", "-")
+        return f"Metadata-Version: 2.1\nName: {name}\nVersion: {VERSION}\n" if found else None
 
     def locate_file(self, path: Any) -> Any:
-        raise FileNotFoundError(f"{path}: galore_torch is served by {__name__} and has no files")
+        raise FileNotFoundError(f"{path}: {self._module} is served by {__name__} and has no files")
 
 
 def _drop_modules() -> dict[str, ModuleType]:
-    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "galore_torch"}
+    return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in MODULES}

@@ -79,7 +79,7 @@ def alone(shadow: Optimizer) -> dict[Kind, Step]:
 
 
 def _batches(shadow: Optimizer) -> list[list[Tensor]]:
-    """Parameters that are stepped together; of buckets that are alike the first."""
+    """Parameters that are stepped together; of buckets that are alike the largest."""
     if not isinstance(shadow, Lifecycle):
         return [[param for group in shadow.param_groups for param in group["params"]]]
     found: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -87,7 +87,8 @@ def _batches(shadow: Optimizer) -> list[list[Tensor]]:
         if bucket.view is None:  # stepped one after the other
             found[index,] = list({kind_of(bucket.group, param): param for param in bucket.params}.values())
         else:
-            found.setdefault((bucket.group, bucket.view, bucket.params[0].dtype, len(bucket.params)), bucket.params)
+            alike = (bucket.group, bucket.view, bucket.params[0].dtype)
+            found[alike] = max(found.get(alike, []), bucket.params, key=len)
     return list(found.values())
 
 
@@ -96,7 +97,8 @@ def _step_bytes(shadow: Optimizer, params: list[Tensor]) -> Step:
     for param in params:
         param.grad = torch.empty_like(param)
     _allocate(shadow, params)
-    first, plain = _peak(shadow), _peak(shadow)
+    first = _peak(shadow)
+    plain = _peak(shadow) if isinstance(shadow, Lifecycle) else first
     waiting = [held for held in map(shadow.state.__getitem__, params) if "until_refresh" in held]
     for held in waiting:
         held["until_refresh"].zero_()

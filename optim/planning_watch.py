@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.optim import adagrad, adam, sgd
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..kernels import moments, random, tiles
 from .core import bucket
@@ -40,6 +39,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: set[int] = set()
         self._numbers = _no_numbers()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Do not import torch's compiler, which takes a second, to say that nothing is compiled here."""
+        return False
+
     def __enter__(self: Self) -> Self:
         self._numbers.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -53,7 +57,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         how = kwargs or {}
-        given = [tensor for tensor in tree_leaves((args, how)) if isinstance(tensor, Tensor) and tensor.is_meta]
+        given = [tensor for tensor in _tensors((*args, *how.values())) if tensor.is_meta]
         for tensor in given:
             self._known.add(tensor.untyped_storage()._cdata)
         answer = _answer(func, given[0], how) if given else None
@@ -100,6 +104,15 @@ def _run(func: Any, args: tuple[Any, ...], how: Mapping[str, Any]) -> Any:
     return known.make() if isinstance(known, Form) else func(*args, **how)
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors among arguments, and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
 def _key(value: Any) -> Any:
     if isinstance(value, Tensor):
         if not value.is_meta and value.ndim:
@@ -129,7 +142,7 @@ WRITTEN, OTHER = "its first argument", "anything else, such as a view"
 def _form(func: Any, args: tuple[Any, ...], how: Mapping[str, Any], made: Any) -> Form | str:
     if func._schema.name.endswith("_") and args and made is args[0] and made.is_meta:
         return WRITTEN
-    given = {t.untyped_storage()._cdata for t in tree_leaves((args, how)) if isinstance(t, Tensor)}
+    given = {tensor.untyped_storage()._cdata for tensor in _tensors((*args, *how.values()))}
     outs = made if isinstance(made, tuple) else (made,)
     if func._schema.is_mutable or not all(_is_new(out, given) for out in outs):
         return OTHER

@@ -1,10 +1,9 @@
-"""Hugging Face Trainer's strings for GaLore, built by this package; `compat.install` puts this in place."""
+"""Hugging Face Trainer's strings for GaLore and APOLLO, built by this package; `compat.install` puts this in place."""
 
 from __future__ import annotations
 
 import ast
 import difflib
-import importlib.util
 import inspect
 import logging
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from . import presets
+from .apollo import APOLLOAdamW
 from .core.lifecycle import Lifecycle
 from .core.optimizer import SubspaceOptimizer
 from .release import enable_gradient_release
@@ -24,19 +24,19 @@ STRINGS: dict[str, type[Lifecycle]] = {
     "galore_adamw": presets.GaLoreAdamW,
     "galore_adamw_8bit": presets.GaLoreAdamW8bit,
     "galore_adafactor": presets.GaLoreAdafactor,
+    "apollo_adamw": APOLLOAdamW,
 }
 """Values of `TrainingArguments(optim=...)`; each has a twin that ends in "_layerwise"."""
 
 LAYERWISE = "_layerwise"
 
 GROUP = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-"""Options of the projected group with the Trainer's defaults."""
+"""Options of the projected group with the Trainer's defaults; APOLLO's `scale` is 1."""
 
 
 def patch() -> Callable[[], None]:
     """Let the Trainer build our optimizers for their strings; return what restores it."""
-    from transformers import Trainer
-    from transformers.utils import is_galore_torch_available
+    from transformers import Trainer, utils
 
     choose, create = vars(Trainer)["get_optimizer_cls_and_kwargs"], Trainer.create_optimizer
 
@@ -57,8 +57,11 @@ def patch() -> Callable[[], None]:
         Trainer.get_optimizer_cls_and_kwargs, Trainer.create_optimizer = choose, create
         forget()
 
-    # Whether the package is installed is asked once and remembered.
-    forget = getattr(is_galore_torch_available, "cache_clear", lambda: None)
+    def forget() -> None:  # whether a package is installed is asked once and remembered
+        for package in ("galore", "apollo"):
+            asked = getattr(utils, f"is_{package}_torch_available", None)
+            getattr(asked, "cache_clear", lambda: None)()
+
     forget()
     Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
     Trainer.create_optimizer = create_optimizer
@@ -74,15 +77,14 @@ def _chosen(args: Any, model: nn.Module | None) -> tuple[type[Lifecycle], dict[s
     name = _name(args)
     cls = STRINGS.get(name.removesuffix(LAYERWISE))
     if cls is None:
-        if name.startswith("apollo_") and importlib.util.find_spec("apollo_torch") is None:
-            raise NotImplementedError(_no_apollo(name))
         return None
     if model is None:
         raise ValueError(f"optim={name!r} chooses among a model's layers: pass the model")
     if name.endswith(LAYERWISE):
         _check_layerwise(args, name)
     given = _options(args.optim_args, cls)
-    projected = {key: given.pop(key, default) for key, default in GROUP.items()}
+    defaults = {**GROUP, "scale": 1.0} if cls is APOLLOAdamW else GROUP
+    projected = {key: given.pop(key, default) for key, default in defaults.items()}
     if cls is presets.GaLoreAdafactor:
         given = {"scale_parameter": False, "relative_step": False, **given}
     else:
@@ -138,7 +140,8 @@ def _targets(args: Any, model: nn.Module) -> set[str]:
 
 def _options(text: str | None, cls: type[Lifecycle]) -> dict[str, Any]:
     """Read `optim_args`, "rank=64, projector=sketch", as options of a class."""
-    accepted = {name for base in (cls, SubspaceOptimizer) for name in inspect.signature(base).parameters}
+    bases = [base for base in cls.__mro__ if issubclass(base, SubspaceOptimizer)]
+    accepted = {name for base in bases for name in inspect.signature(base).parameters}
     accepted -= {"params", "options", "lr", "betas", "eps", "weight_decay"}  # TrainingArguments has them
     found = {}
     for item in filter(None, (text or "").replace(" ", "").split(",")):
@@ -196,12 +199,3 @@ def _release_callback() -> Any:
                 self.handle.remove()
 
     return ReleaseGradients
-
-
-def _no_apollo(name: str) -> str:
-    return (
-        f"optim={name!r}: APOLLO is not offered, and apollo_torch is not installed. Its bases are Gaussian and not "
-        "orthonormal; nearest are Trainer(optimizers=(optimizer, None)) with optimizer = "
-        'LowRank(param_groups(model, rank=256), lr=1e-2, projector="random", residual="channel", carry="keep"), which '
-        'rescales rows of the gradient likewise in orthonormal random bases, Fira, or optim="galore_adamw"'
-    )

@@ -14,6 +14,7 @@ from lowmem.kernels.random import mix, subset
 from lowmem.optim.core.seeded import DISTRIBUTIONS, SeededBasis
 from torch import Tensor
 
+from tests.reference.apollo import apollo_step
 from tests.reference.fira import fira_step
 from tests.reference.flora import flora_step
 from tests.reference.frugal import frugal_step
@@ -136,6 +137,36 @@ def fira_cases() -> Iterator[Case]:
                     shape,
                     follow=fira_step,
                 )
+
+
+def gaussian_basis(refresh: int, side: int, size: int, rank: int) -> Tensor:
+    """The random basis of the first parameter at a refresh: an input of the reference, not its result."""
+    return SeededBasis("gaussian", mix(mix(0, 0, refresh), side), size, rank).matrix(torch.float64)
+
+
+def apollo_cases() -> Iterator[Case]:
+    """APOLLO in Gaussian and singular bases: every side, both scalings, with and without the limiter, both orders."""
+    modes = {"row": "column", "matrix": "matrix"}
+    variants: list[tuple[str, dict[str, Any]]] = [
+        ("paper", {"carry": "keep", "gamma": 1.01, "scale": 1.0}),
+        ("reset", {"carry": "reset", "gamma": None, "scale": 128.0}),
+        ("svd", {"carry": "rotate", "gamma": 1.01, "scale": 0.5}),
+        ("code", {"carry": "keep", "gamma": 1.01, "scale": 4.0, "eps": 1e-6}),
+    ]
+    for (name, shape), side, mode, (label, own) in product(SHAPES.items(), SIDES, modes, variants):
+        if (side, mode) == ("full", "row"):
+            continue
+        shared = {"betas": (0.9, 0.99), "weight_decay": 0.1, "proj_type": side, **own}
+        ours = {"projector": "svd" if label == "svd" else "gaussian", "compat": "official" if label == "code" else None}
+        basis = None if label == "svd" else gaussian_basis
+        yield Case(
+            f"apollo-{name}-{side}-{mode}-{label}",
+            optim.Apollo,
+            {**shared, **ours, "scale_mode": mode},
+            {**shared, "scale_mode": modes[mode], "official": label == "code", "basis_fn": basis},
+            shape,
+            follow=apollo_step,
+        )
 
 
 def online_cases() -> Iterator[Case]:
@@ -303,6 +334,7 @@ EXACT = [
     *default_cases(),
     *official_cases(),
     *fira_cases(),
+    *apollo_cases(),
     *online_cases(),
     *flora_cases(),
     *galore_plus_cases(),

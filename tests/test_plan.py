@@ -217,19 +217,22 @@ def test_the_command_prints_and_writes(tmp_path: Any) -> None:
     flags = ["--model=tiny", "--optimizer=galore", "--rank=32", "--state-dtype=8bit", "--out=plan.json"]
     run = lowmem("plan", *flags, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    assert "sum with gradient release" in run.stdout
+    assert "peak, checkpointing, release" in run.stdout
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written["options"] == {"rank": 32, "state_dtype": "8bit"}
     ours, fp32, theirs = written["plans"].values()
     assert ours["state"] == ours["moments"] + ours["bases"] + ours["scales"] < theirs["state"] < fp32["state"]
-    assert ours["total_released"] < ours["total"]
+    assert ours["peak_released_checkpointing"] < ours["peak_checkpointing"] < ours["peak"] == written["peak"]
+    assert theirs["peak_released"] is None
+    assert written["fits"] is None
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Any) -> None:
     for flags, message in (
         (["--rank=auto", "--energy=0.9"], "cannot be planned"),
         (["--rnk=3"], "Did you mean --rank"),
-        (["--dtype=x"], ""),
+        (["--optimizer=adamw", "--release"], "adamw cannot step parameters one by one"),
+        (["--budget=24ZB"], "takes a size such as 24GB or 24GiB"),
     ):
         run = lowmem("plan", "--model=tiny", *flags, cwd=tmp_path)
         assert run.returncode == 1

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from lowmem.optim import Fira, GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, LowRank, param_groups
+from lowmem.optim import APOLLOAdamW, Fira, GaLore, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, param_groups
 from lowmem.optim.compat import install, uninstall
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -22,6 +22,7 @@ from tests.tiny import assert_equal, batch, llama, rows
 
 LR, STEPS = 1e-2, 4
 PLAIN = {"galore_adamw": GaLoreAdamW, "galore_adamw_8bit": GaLoreAdamW8bit, "galore_adafactor": GaLoreAdafactor}
+PLAIN |= {"apollo_adamw": APOLLOAdamW}
 OPTIM_ARGS = "rank=32, update_proj_gap=3, scale=0.5, proj_type=reverse_std"
 
 
@@ -319,31 +320,43 @@ def test_frozen_parameters_are_left_out(tmp_path: Path) -> None:
         trainer.create_optimizer()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("apollo_torch") is not None, reason="apollo_torch is installed")
-@pytest.mark.parametrize("optim", ["apollo_adamw", "apollo_adamw_layerwise"])
-def test_apollo_is_refused_and_the_nearest_named(optim: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, {"rank": 128, "update_proj_gap": 200, "scale": 1.0, "projector": "gaussian", "scale_mode": "row"}),
+        ("rank=1, scale=128, scale_type=tensor, proj=random", {"rank": 1, "scale": 128, "scale_mode": "matrix"}),
+        ("rank=8, proj=svd, gamma=None, carry=reset", {"projector": "svd", "gamma": None, "carry": "reset"}),
+        ("rank=8, projector=random, scale_mode=matrix", {"projector": "random", "scale_mode": "matrix"}),
+    ],
+)
+def test_apollo_takes_the_trainers_keys_and_ours(given: str | None, expected: dict[str, Any], tmp_path: Path) -> None:
     install()
-    with pytest.raises(NotImplementedError, match=f"optim='{optim}': APOLLO is not offered.* LowRank") as refused:
-        by_string(tmp_path, optim).train()
-    assert 'projector="random", residual="channel", carry="keep"' in str(refused.value)
-    model = llama()
-    optimizer = LowRank(param_groups(model, rank=8), lr=LR, projector="random", residual="channel", carry="keep")
-    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(16), optimizers=(optimizer, None))
+    group = by_string(tmp_path, "apollo_adamw", optim_args=given).create_optimizer().param_groups[-1]
+    assert {"proj_type": "std", **expected}.items() <= group.items()
+    with pytest.raises(ValueError, match="scale_type: 'row'; choose one of 'channel', 'tensor'"):
+        by_string(tmp_path, "apollo_adamw", optim_args="scale_type=row").create_optimizer()
+
+
+def test_apollo_trains_by_its_string_and_by_its_module(tmp_path: Path) -> None:
+    install()
+    from apollo_torch import APOLLOAdamW as Served
+
+    trainer = by_string(tmp_path, "apollo_adamw", optim_args="rank=8, scale=16", lr_scheduler_type="constant")
+    trainer = Recording(trainer.model, trainer.args, train_dataset=rows(16))
     trainer.train()
-    assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
-
-
-def test_an_installed_apollo_keeps_its_string(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.utils import is_apollo_torch_available
-
-    theirs = ModuleType("apollo_torch")
-    theirs.__spec__ = ModuleSpec("apollo_torch", None)
-    theirs.APOLLOAdamW = type("APOLLOAdamW", (torch.optim.AdamW,), {})
-    monkeypatch.setitem(sys.modules, "apollo_torch", theirs)
-    is_apollo_torch_available.cache_clear()
-    install()
-    assert type(by_string(tmp_path, "apollo_adamw").create_optimizer()) is theirs.APOLLOAdamW
-    is_apollo_torch_available.cache_clear()
+    assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0] - 0.2
+    model = llama()
+    small = [param for param in model.parameters() if param.ndim == 1]
+    inner = [param for param in model.model.layers.parameters() if param.ndim == 2]
+    outer = [model.model.embed_tokens.weight, model.lm_head.weight]
+    subspace = {"rank": 8, "update_proj_gap": 200, "scale": 16, "proj": "random", "scale_type": "channel"}
+    optimizer = Served([{"params": small}, {"params": outer}, {"params": inner, **subspace}], lr=LR, eps=1e-8)
+    for inputs in trainer.seen:
+        model(**inputs).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_equal(trainer.model.state_dict(), model.state_dict())
 
 
 def test_strings_that_are_not_ours_stay_the_trainers(tmp_path: Path) -> None:
@@ -385,12 +398,17 @@ def test_installing_is_reversible_and_idempotent(tmp_path: Path) -> None:
             by_string(tmp_path).create_optimizer()
 
 
-def test_an_installed_module_of_the_name_is_shadowed_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = ModuleType("galore_torch")
-    monkeypatch.setitem(sys.modules, "galore_torch", theirs)
+@pytest.mark.parametrize(
+    ("name", "cls"), [("galore_torch", GaLoreAdamW), ("apollo_torch", APOLLOAdamW)], ids=["galore", "apollo"]
+)
+def test_an_installed_module_of_the_name_is_shadowed_and_comes_back(
+    name: str, cls: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, theirs)
     with install():
-        import galore_torch
-
-        assert galore_torch is not theirs
-        assert galore_torch.GaLoreAdamW is GaLoreAdamW
-    assert sys.modules["galore_torch"] is theirs
+        served = importlib.import_module(name)
+        assert served is not theirs
+        assert getattr(served, cls.__name__) is cls
+        assert importlib.metadata.version(name) == importlib.metadata.version(name.replace("_", "-")) == "1.0+lowmem"
+    assert sys.modules[name] is theirs

@@ -16,6 +16,7 @@ from .basis import COSINE, DENSE, INDEX, Bases, Basis
 from .cross_head import cross_head
 from .descend import DESCENDING
 from .layout import Layout
+from .seeded import SeededBasis
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -50,6 +51,27 @@ class Request:
     old: Tensor | None
     hyper: Hyper | None = None
     done: int = 0
+
+
+class Gaussian(Basis):
+    """P itself with entries N(0, 1/r), not orthonormal: `E[P P^T] = I`, so that rows of R are as long as those of A.
+
+    Kept and multiplied as a dense basis; its length depends on the rank, so that it cannot be cut to another one.
+    """
+
+    names = DENSE.names
+    specs, change, columns = DENSE.specs, DENSE.change, DENSE.columns
+    project, project_back_ = DENSE.project, DENSE.project_back_
+
+    def arbitrary(self, view: MatrixView, seed: int, device: torch.device) -> Bases:
+        """Entries from the seed."""
+        sides = enumerate(view.basis_shapes.values())
+        return Bases(
+            *(SeededBasis("gaussian", random.mix(seed, side), *size).matrix(device=device) for side, size in sides)
+        )
+
+
+GAUSSIAN = Gaussian()
 
 
 class Projector(NamedTuple):
@@ -159,6 +181,7 @@ PROJECTORS: dict[str, Projector] = {
     "track": Projector(sketch, follows=True),
     "descend": Projector(first_of_descent, DESCENDING, follows=True),
     "random": Projector(anything(DENSE)),
+    "gaussian": Projector(anything(GAUSSIAN), GAUSSIAN),
     "cross_head": Projector(partial(cross_head, sketch), DENSE, "right"),
     "dct": Projector(cosines, COSINE),
     "columns": Projector(anything(INDEX), INDEX, "right"),

@@ -15,7 +15,7 @@ from .codec import STATE_DTYPES
 from .compact import BASIS_DTYPES
 from .cross_head import check_heads
 from .descend import BASIS_RULES
-from .projector import PROJECTORS
+from .projector import GAUSSIAN, PROJECTORS
 from .rules import RULES
 from .view import SIDES
 
@@ -136,7 +136,9 @@ def _check_projector(group: Mapping[str, Any]) -> None:
     projector, side, lazy = PROJECTORS[group["projector"]], group["proj_type"], group.get("lazy")
     if projector.side is not None and side not in ("std", projector.side):
         raise ValueError(f"projector={group['projector']!r} chooses its own side: drop proj_type={side!r}")
-    if side == "full" and (projector.basis is not DENSE):
+    if projector.basis is GAUSSIAN:
+        _check_gaussian(group)
+    if side == "full" and projector.basis not in (DENSE, GAUSSIAN):
         raise ValueError(
             f"proj_type='full' needs two dense bases, projector={group['projector']!r} has none: choose "
             "proj_type='std', or projector='sketch', 'svd', 'track' or 'random'"
@@ -155,6 +157,27 @@ def _check_projector(group: Mapping[str, Any]) -> None:
     for name in ("proj_ratio", "proj_weight_decay", "ortho"):
         if name in group and not 0.0 <= group[name] < float("inf"):
             raise ValueError(f"Invalid {name}: {group[name]}; need a number of at least 0")
+
+
+def _check_gaussian(group: Mapping[str, Any]) -> None:
+    """A basis that is not orthonormal measures how a rule magnifies rows, and nothing else."""
+    if group.get("residual") != "channel":
+        raise ValueError(
+            "projector='gaussian' is not orthonormal, R P^T is no projection of the gradient: it is for the gradient "
+            "itself, rescaled, by Apollo(params, rank=256) or LowRank(params, projector='gaussian', "
+            "residual='channel', carry='keep'); else pass projector='random', which is orthonormal"
+        )
+    carry = group["carry"] or ("keep" if group["compat"] == "official" else "rotate")
+    if carry == "rotate":
+        raise ValueError(
+            "carry='rotate' (the default where carry is None) needs orthonormal bases, projector='gaussian' has none: "
+            "pass carry='keep' or carry='reset'"
+        )
+    if group.get("lazy") is not None:
+        raise ValueError(
+            f"lazy={group['lazy']} compares orthonormal bases, those of projector='gaussian' are new at every refresh: "
+            "drop the option"
+        )
 
 
 def check_choices(group: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
