@@ -169,6 +169,8 @@ class Adafactor(Lifecycle):
         preset |= {"relative_step": relative_step, "scale_parameter": scale_parameter, "warmup_init": warmup_init}
         return cls(params, lr, **preset | options)
 
+    shards = True
+
     def plain(self, b: Bucket) -> None:
         """One step of Adafactor, parameter by parameter."""
         torch._foreach_add_([held["step"] for held in b.states], 1)
@@ -181,9 +183,9 @@ class Adafactor(Lifecycle):
         param, held, work = b.params[index], b.states[index], b.dtype
         grad = -b.grads[index] if o.maximize else b.grads[index]
         t = int(held["step"])
-        alpha = step_size(param, t, o)  # alpha_t = max(eps2, rms(X)) rho_t
-        update = precondition(grad.to(work), held, t, o, o.eps1(param.dtype))  # U_t = G / sqrt(V_t)
-        factored.clip_(update, o.clip_threshold)  # U_t / max(1, rms(U_t) / d)
+        alpha = step_size(param, t, o, b.layout)  # alpha_t = max(eps2, rms(X)) rho_t
+        update = precondition(grad.to(work), held, t, o, o.eps1(param.dtype), b.layout)  # U_t = G / sqrt(V_t)
+        factored.clip_(update, o.clip_threshold, b.layout)  # U_t / max(1, rms(U_t) / d)
         if o.momentum_on == "scaled_update":
             update.mul_(alpha)
         if o.beta1 is not None:
@@ -196,7 +198,7 @@ class Adafactor(Lifecycle):
         if o.momentum_on == "update":
             update.mul_(alpha)
         rate = {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by]
-        for target in writing(param, held, o, b.positions[index]):
+        for target in writing(param, held, o, b.positions[index], box=b.layout.box):
             move_(target, codec.matrix(update), 1 - o.weight_decay * rate if o.weight_decay else 1.0)
 
     def _validate(self, group: dict[str, Any]) -> None:

@@ -125,19 +125,22 @@ class Flora(Lifecycle):
         storage |= {"weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, step | update | subspace | storage)
 
+    shards = True
+
     def update(self, b: Bucket) -> None:
         """One step of Flora on a bucket of same-shape matrices."""
-        o = self._hyper(self.param_groups[b.plan.group])
+        o, layout = self._hyper(self.param_groups[b.plan.group]), b.layout
         beta1 = o.beta1 or 0.0
         for index, held in enumerate(b.states):
             whole = whiten(b, index, o)  # U_t = G_t / sqrt(V_t)                                      (m, n)
             update = b.view.orient(whole)  #                                                          (a, b)
             old, new = bases(b, index, o)  # P_{t-1}, P_t                                             (b, r)
-            low = update @ new  # U_t P_t                                                             (a, r)
-            moment = codec.load(held, "exp_avg", o.state_dtype, b.dtype)  # C_{t-1}                (a, r)
-            update.addmm_(moment, old.T, beta=1 - beta1, alpha=beta1)  # (1-b1) U_t + b1 C_{t-1} P_{t-1}^T
+            low = layout.reduce((update @ new)[None])[0]  # U_t P_t                                   (a, r)
+            moment = codec.load(held, "exp_avg", o.state_dtype, b.dtype)  # C_{t-1}                   (a, r)
+            past = layout.gather(moment[None], b.view.a)[0]
+            update.addmm_(past, old.T, beta=1 - beta1, alpha=beta1)  # (1-b1) U_t + b1 C_{t-1} P_{t-1}^T
             if old is not new:
-                moment = moment @ (old.T @ new)  # C_{t-1} P_{t-1}^T P_t                              (a, r)
+                moment = moment @ layout.sum_cols(old.T @ new)  # C_{t-1} P_{t-1}^T P_t               (a, r)
             codec.store(held, "exp_avg", torch.lerp(moment, low, 1 - beta1), o.state_dtype)  # C_t
             move(b, index, whole, o)  # W <- (1 - alpha wd) W - alpha clip(Ubar)
 
@@ -213,15 +216,15 @@ def whiten(b: Bucket, index: int, o: Options) -> Tensor:
 
     A gradient that is not finite, or whose squares overflow, counts as zero and leaves V as it is.
     """
-    held, grad = b.states[index], b.grads[index].to(b.dtype)
+    held, grad, layout = b.states[index], b.grads[index].to(b.dtype), b.layout.natural
     if b.plan.view is not None:
         grad = grad.reshape(b.view.m, b.view.n)
     held["step"] += 1
     names = [name for name in held if name.startswith("exp_avg_sq")]
     before = [held[name].clone() for name in names]
-    update = adafactor.precondition(grad, held, int(held["step"]), o, o.eps1(b.params[index].dtype))
+    update = adafactor.precondition(grad, held, int(held["step"]), o, o.eps1(b.params[index].dtype), layout)
     sums = torch.stack([update.sum(), *(held[name].sum() for name in names)])
-    fine = sums.isfinite().all()
+    fine = layout.max_all((~sums.isfinite().all()).int()) == 0  # on every piece
     if fine.device.type != "cpu" or not fine:  # asking a GPU would synchronise
         for name, old in zip(names, before, strict=True):
             held[name].copy_(torch.where(fine, held[name], old))
@@ -237,19 +240,20 @@ def bases(b: Bucket, index: int, o: Options) -> tuple[Tensor, Tensor]:
     """
     held, device = b.states[index], b.params[index].device
     window = int(held["step"]) // o.update_proj_gap
-    source = SeededBasis.of(b.view, o.distribution, o.seed, b.positions[index], window)
-    new, key = source.matrix(b.dtype, device, o.backend), int(held["basis_key"])
+    mine = b.layout.projected(b.view)
+    source = SeededBasis.of(b.whole, o.distribution, o.seed, b.positions[index], window)
+    new, key = source.rows(mine, b.dtype, device, o.backend), int(held["basis_key"])
     held["basis_key"].fill_(source.key)
     if key in (source.key, 0):
         return new, new
-    return source.of_key(key).matrix(b.dtype, device, o.backend), new
+    return source.of_key(key).rows(mine, b.dtype, device, o.backend), new
 
 
 def move(b: Bucket, index: int, update: Tensor, o: Options) -> None:
     """Clip Ubar, `W <- (1 - alpha wd) W - alpha Ubar`."""
     param = b.params[index]
-    alpha = adafactor.step_size(param, int(b.states[index]["step"]), o)
-    factored.clip_(update, o.clip_threshold).mul_(alpha)
-    for target in writing(param, b.states[index], o, b.positions[index]):
+    alpha = adafactor.step_size(param, int(b.states[index]["step"]), o, b.layout)
+    factored.clip_(update, o.clip_threshold, b.layout).mul_(alpha)
+    for target in writing(param, b.states[index], o, b.positions[index], box=b.layout.box):
         update = update.reshape(target.weight.shape)
         move_(target, update, 1 - o.weight_decay * alpha if o.weight_decay else 1.0)

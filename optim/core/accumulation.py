@@ -13,6 +13,7 @@ from .bucket import Bucket, Plan
 from .lifecycle import Lifecycle
 from .projector import PROJECTORS
 from .seeded import SeededBasis
+from .sharding import local
 from .view import MatrixView, matrix_shape
 
 TAG = 0xACC
@@ -63,9 +64,10 @@ class Own:
         if grad is None or not held or param not in self._places or float(held["until_refresh"]) <= 0:
             return None
         plan, hyper = self._places[param]
-        b = Bucket(plan, hyper, [param], [grad], [held], [position], [0], [None], [None], [False])
-        low = torch.empty(b.view.low_shape, dtype=b.dtype, device=param.device)
-        b.basis.project(b.matrix(0), held, b.gemm_dtype, low)
+        piece = plan.layout.piece(grad), self.optimizer._piece(param, held, plan.layout)
+        b = Bucket(plan, hyper, [local(param)], [piece[0]], [piece[1]], [position], [0], [None], [None], [False])
+        low = torch.empty(b.view.low_shape, dtype=b.dtype, device=piece[0].device)
+        b.basis.project(b.matrix(0), piece[1], b.gemm_dtype, low, b.mine)  # summed over pieces with the step
         return low
 
     def deliver(self, position: int, param: Tensor, low: Tensor, cycle: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import codec, factored
 from .codec import State
+from .layout import ALONE, Layout
 from .spec import Spec, counter
 from .validate import check_adam, check_factored
 
@@ -65,29 +66,29 @@ def check_update(group: dict[str, Any]) -> None:
     check_factored(group)
 
 
-def step_size(param: Tensor, t: int, o: Options) -> float | Tensor:
+def step_size(param: Tensor, t: int, o: Options, layout: Layout = ALONE) -> float | Tensor:
     """`alpha_t`, a device scalar where the parameter scale is in it."""
     lr = factored.relative_step(t, o.lr, warmup_init=o.warmup_init) if o.relative_step else o.lr
     if o.scale_parameter:
-        lr = lr * factored.parameter_scale(param, o.eps[1], codec.work_dtype(param.dtype))
+        lr = lr * factored.parameter_scale(param, o.eps[1], codec.work_dtype(param.dtype), layout)
     return lr
 
 
-def precondition(grad: Tensor, held: State, t: int, o: Options, eps1: float) -> Tensor:
+def precondition(grad: Tensor, held: State, t: int, o: Options, eps1: float, layout: Layout = ALONE) -> Tensor:
     """Update the second moment with G and return `U = G / sqrt(V)` in a tensor of its own."""
     fresh = 1.0 - factored.beta2(t, o.beta2_decay)
     floor = o.eps_mode == "floor"
     added = 0.0 if floor else eps1
-    order = o.dims(tuple(grad.shape))
-    if order is None:
+    if "exp_avg_sq" in held:
         whole = held["exp_avg_sq"].lerp_(grad.square().add_(added), fresh)
         return (factored.floor_variance(whole.clone(), eps1) if floor else whole).rsqrt().mul_(grad)
+    order = o.dims(tuple(grad.shape)) or tuple(range(grad.ndim))  # of a piece too small to factor by itself
     matrix, row, col = grad.permute(order), held["exp_avg_sq_row"], held["exp_avg_sq_col"]
-    factored.accumulate(matrix, row, col, fresh, added, o.backend)
+    factored.accumulate(matrix, (row, col), fresh, added, o.backend, layout)
     if floor:
-        update = factored.precondition_floored(matrix, row, col, eps1)
+        update = factored.precondition_floored(matrix, row, col, eps1, layout)
     else:
-        update = factored.precondition(matrix, row, col)
+        update = factored.precondition(matrix, row, col, layout)
     return update.permute([order.index(d) for d in range(len(order))])
 
 

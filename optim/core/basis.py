@@ -52,11 +52,13 @@ class Step(NamedTuple):
         move: `W <- decay W + alpha (N P^T + residual)`, the residual in the order of the weight's memory.
         transposed: The weight is A^T.
         backend: Kernel backend.
+        mine: The projected coordinates of a piece of the weight; None where it is whole.
     """
 
     move: Move
     transposed: bool = False
     backend: str = "auto"
+    mine: range | None = None
 
     def add(self, target: Target, direction: Tensor, basis: Tensor) -> None:
         """Move by a direction N (a, r) in a basis P (b, r): one product."""
@@ -73,6 +75,8 @@ class Basis(ABC):
 
     names: tuple[str, ...] = ("basis",)
     """State tensors that hold it."""
+    splits: bool = False
+    """The projected side may be sharded: every rank multiplies by its own rows of P."""
     counted: bool = False
     """Coordinates have an identity of their own, and so a step count of their own where moments are carried."""
 
@@ -89,8 +93,8 @@ class Basis(ABC):
         """Compare the basis in use with a new one."""
 
     @abstractmethod
-    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor) -> None:
-        """`R <- A P`, products in the dtype `gemm`."""
+    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
+        """`R <- A P`, products in the dtype `gemm`; `mine` are the projected coordinates of a piece of A."""
 
     @abstractmethod
     def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
@@ -111,6 +115,7 @@ class Dense(Basis):
     """P itself, with orthonormal columns."""
 
     names = ("basis", "basis_left")
+    splits = True
 
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
         """The basis in the weight's dtype or in few bits: `b r` elements, and `a r` for the left one of two."""
@@ -161,7 +166,7 @@ class Dense(Basis):
         """P itself."""
         return self.read(held, dtype)
 
-    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor) -> None:
+    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
         """One product, `A P`, or two, `Q^T A P`."""
         _multiply(matrix, self.read(held, gemm), gemm, out, self.left(held, gemm))
 
@@ -182,6 +187,7 @@ class Index(Basis):
     """A choice of r coordinates of the projected side: nothing is multiplied."""
 
     counted = True
+    splits = True
 
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
         """`r` integers of 4 bytes."""
@@ -195,13 +201,19 @@ class Index(Basis):
         """Which coordinates stay."""
         return Match.of(new.basis, held["basis"])
 
-    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor) -> None:
-        """Gather columns."""
-        out.copy_(matrix.index_select(1, held["basis"]))
+    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
+        """Gather columns; those of other pieces are zero here, and summed up later."""
+        here, chosen = _among(held["basis"], mine)
+        if here is not None:
+            out.zero_()
+            out[:, here] = matrix.index_select(1, chosen).to(out.dtype)
+        else:
+            out.copy_(matrix.index_select(1, chosen))
 
     def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
         """Scatter columns; a signed residual is zero in them."""
-        chosen, (decay, alpha, _, residual) = held["basis"].long(), step.move
+        (here, chosen), (decay, alpha, _, residual) = _among(held["basis"], step.mine), step.move
+        direction = direction if here is None else direction[:, here]
         columns = target.select(chosen, 0 if step.transposed else 1)
         value = columns.read().mul_(decay)  # (a, r), or its transpose as all that follows
         moved = direction.T if step.transposed else direction
@@ -217,7 +229,9 @@ class Index(Basis):
 class Cosine(Index):
     """Columns of the fixed cosine matrix D (b x b), which all matrices of that side share and no state holds."""
 
-    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor) -> None:
+    splits = False
+
+    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
         """`A D_S`, S the chosen columns."""
         _multiply(matrix, self.columns(held, matrix.shape[1], gemm), gemm, out)
 
@@ -229,6 +243,14 @@ class Cosine(Index):
     def columns(self, held: State, size: int, dtype: torch.dtype) -> Tensor:
         """`D_S`."""
         return random.cosines(size, dtype, held["basis"].device).index_select(1, held["basis"])
+
+
+def _among(chosen: Tensor, mine: range | None) -> tuple[Tensor | None, Tensor]:
+    """Which of some coordinates (r,) are among those of a piece, None for all, and what they are there."""
+    if mine is None:
+        return None, chosen.long()
+    here = ((chosen >= mine.start) & (chosen < mine.stop)).nonzero()[:, 0]
+    return here, chosen[here].long() - mine.start
 
 
 def _multiply(matrix: Tensor, basis: Tensor, gemm: torch.dtype, out: Tensor, left: Tensor | None = None) -> None:

@@ -103,6 +103,11 @@ class Bucket:
         return self.plan.layout
 
     @property
+    def mine(self) -> range | None:
+        """The projected coordinates of this rank's pieces; None where it has all."""
+        return self.layout.projected(self.view) if self.layout.cols else None
+
+    @property
     def basis(self) -> Basis:
         """How the bases are kept and multiplied."""
         return self.hyper.basis

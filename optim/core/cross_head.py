@@ -156,7 +156,7 @@ class Segments(Basis):
         pairs = zip(held["basis"], new.basis, strict=True)
         return Split(tuple(DENSE.change({"basis": old}, Bases(found)) for old, found in pairs), self.sizes)
 
-    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor) -> None:
+    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
         """`R_j = A_j P_j`."""
         sizes = list(self.sizes)
         for block, basis, low in zip(torch.split(matrix, sizes), held["basis"], torch.split(out, sizes), strict=True):

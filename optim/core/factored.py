@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import pick
+from .layout import ALONE, Layout
 
 
 def beta2(t: int, decay: float) -> float:
@@ -20,24 +21,32 @@ def beta2(t: int, decay: float) -> float:
     return 1.0 - fresh
 
 
-def accumulate(grad: Tensor, row: Tensor, col: Tensor, weight: float, floor: float, backend: str = "auto") -> None:
+def accumulate(
+    grad: Tensor,
+    stats: tuple[Tensor, Tensor],
+    weight: float,
+    floor: float,
+    backend: str = "auto",
+    layout: Layout = ALONE,
+) -> None:
     """`R <- lerp(R, mean_cols(G^2) + floor, weight)` and likewise C with rows, without a G^2 temporary."""
-    rows, cols = pick("square_means", grad, backend)(grad)
+    rows, cols = layout.means(*pick("square_means", grad, backend)(grad), grad.shape)
+    row, col = stats
     row.lerp_(rows.add_(floor), weight)
     col.lerp_(cols.add_(floor), weight)
 
 
-def precondition(grad: Tensor, row: Tensor, col: Tensor) -> Tensor:
+def precondition(grad: Tensor, row: Tensor, col: Tensor, layout: Layout = ALONE) -> Tensor:
     """`U = G / sqrt(V)` with `V = R C^T / mean(R)`, in the split form that does not overflow."""
-    left = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)  # (..., m, 1)
+    left = (row / layout.mean_rows(row)).rsqrt_().unsqueeze(-1)  # (..., m, 1)
     right = col.rsqrt().unsqueeze(-2)  # (..., 1, n)
     return (grad * left).mul_(right)
 
 
-def precondition_floored(grad: Tensor, row: Tensor, col: Tensor, eps: float) -> Tensor:
+def precondition_floored(grad: Tensor, row: Tensor, col: Tensor, eps: float, layout: Layout = ALONE) -> Tensor:
     """`U = G / sqrt(max(V, eps^2))` with `V = R C^T / max(mean(R), eps)`, torch.optim.Adafactor's form."""
     variance = row.unsqueeze(-1) * col.unsqueeze(-2)
-    variance.div_(row.mean(-1, keepdim=True).unsqueeze(-1).clamp(min=eps))
+    variance.div_(layout.mean_rows(row).unsqueeze(-1).clamp(min=eps))
     return floor_variance(variance, eps).rsqrt_().mul_(grad)
 
 
@@ -46,17 +55,19 @@ def floor_variance(variance: Tensor, eps: float) -> Tensor:
     return variance.clamp_(min=max(eps * eps, torch.finfo(variance.dtype).tiny))
 
 
-def rms(tensor: Tensor) -> Tensor:
+def rms(tensor: Tensor, layout: Layout = ALONE) -> Tensor:
     """Root mean square of a whole tensor, a 0-d tensor; 0 for an empty one."""
     norm: Tensor = torch.linalg.vector_norm(tensor)
-    return norm / math.sqrt(max(tensor.numel(), 1))
+    if not layout.alone:
+        norm = layout.sum_all(norm.square()).sqrt()
+    return norm / math.sqrt(max(layout.numel or tensor.numel(), 1))
 
 
-def clip_(update: Tensor, threshold: float | None) -> Tensor:
+def clip_(update: Tensor, threshold: float | None, layout: Layout = ALONE) -> Tensor:
     """`U <- U / max(1, rms(U) / d)`, without a host synchronisation."""
     if threshold is None:
         return update
-    return update.div_((rms(update) / threshold).clamp_(min=1.0))
+    return update.div_((rms(update, layout) / threshold).clamp_(min=1.0))
 
 
 def relative_step(t: int, cap: float | Tensor, *, warmup_init: bool = False) -> float | Tensor:
@@ -65,6 +76,6 @@ def relative_step(t: int, cap: float | Tensor, *, warmup_init: bool = False) -> 
     return limit.clamp(max=t**-0.5) if isinstance(limit, Tensor) else min(limit, t**-0.5)
 
 
-def parameter_scale(weight: Tensor, floor: float, dtype: torch.dtype) -> Tensor:
+def parameter_scale(weight: Tensor, floor: float, dtype: torch.dtype, layout: Layout = ALONE) -> Tensor:
     """`max(eps2, rms(X))`, a 0-d tensor in the working dtype."""
-    return rms(weight.detach().to(dtype)).clamp_(min=floor)
+    return rms(weight.detach().to(dtype), layout).clamp_(min=floor)

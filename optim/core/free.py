@@ -81,7 +81,7 @@ def undivided_(b: Bucket, free: Free) -> bool:
 
     Everything: the plain rule with the rate `lr s_p`, where decay keeps `lr`. Nothing: the free rule on A.
     """
-    if b.view.rank == b.view.b:
+    if b.whole.rank == b.whole.b:
         scale, hyper = b.hyper.scale, b.hyper
         if scale != 1.0:
             hyper = replace(hyper, lr=hyper.lr * scale, weight_decay=hyper.weight_decay / scale)
@@ -90,7 +90,7 @@ def undivided_(b: Bucket, free: Free) -> bool:
         count_step(b)
         if free.rule != "freeze":
             _free_(b, free)
-    return b.view.rank in (0, b.view.b)
+    return b.whole.rank in (0, b.whole.b)
 
 
 def _free_(b: Bucket, free: Free) -> None:
@@ -112,6 +112,8 @@ def descend_(b: Bucket, step: Tensor, low: Tensor, sound: Tensor, free: Free) ->
     """
     if free.rule == "sgd":
         step.sub_(low, alpha=free.scale)
+    both = b.layout.gather(torch.cat([step, low], dim=2), b.view.a)  # [N | R], where rows were dealt out
+    step, low = both.split(low.shape[2], dim=2) if b.layout.dealt else (step, low)
     for index, target in enumerate(b.targets()):
         if free.rule == "signsgd" and b.basis is not INDEX:
             residual: Scaled | Signed | None = _of_remainder(b, index, low[index], sound[index], free)
@@ -140,7 +142,9 @@ def _of_remainder(b: Bucket, index: int, low: Tensor, sound: Tensor, free: Free)
         low = left @ low  # (a, r)
     low = -low if b.hyper.maximize else low
     roundings = sum(n * torch.finfo(dtype).eps for n, dtype in zip(NOISE, (basis.dtype, low.dtype), strict=True))
-    floor = torch.linalg.vector_norm(matrix, dim=1, dtype=low.dtype) * (roundings / matrix.shape[1] ** 0.5)  # (a,)
+    norms = torch.linalg.vector_norm(matrix, dim=1, dtype=low.dtype)
+    norms = b.layout.sum_cols(norms.square()).sqrt() if b.layout.cols else norms
+    floor = norms * (roundings / b.whole.b**0.5)  # (a,)
     plain = _of_gradient(b, index, sound, free)
     assert isinstance(plain, Signed)
     if b.view.transposed:
@@ -163,7 +167,7 @@ def _inside(b: Bucket, index: int, residual: Signed) -> Tensor:
             inside[rows] += part
         else:
             inside += product(left[rows].T, part, gemm)
-    return inside
+    return b.layout.sum_cols(inside)
 
 
 def product(one: Tensor, other: Tensor, gemm: torch.dtype) -> Tensor:

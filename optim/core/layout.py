@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -84,6 +86,36 @@ class Layout:
         """Which rows of A this rank has, of a local view."""
         first = 0 if self.box is None else self.box.col if self.transposed else self.box.row
         return range(first, first + view.a)
+
+    @property
+    def natural(self) -> Layout:
+        """The layout of the weight itself: `rows` and `cols` are those of W, not of A."""
+        return replace(self, rows=self.cols, cols=self.rows, transposed=False) if self.transposed else self
+
+    def mean_rows(self, tensor: Tensor, dim: int = -1) -> Tensor:
+        """Mean over the kept side of a vector (..., a) or over a dimension, kept as one."""
+        if not self.rows:
+            return tensor.mean(dim, keepdim=True)
+        return self.sum_rows(tensor.sum(dim, keepdim=True)) / self._size(0)
+
+    def means(self, rows: Tensor, cols: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Means of the rows and columns of a whole weight, from those of this rank's piece of a given shape."""
+        if self.alone:
+            return rows, cols
+        return (
+            self.sum_cols(rows * shape[-1]) / max(self._size(1), 1),
+            self.sum_rows(cols * shape[-2]) / max(self._size(0), 1),
+        )
+
+    def _size(self, dim: int) -> int:
+        """Length of a side of the whole weight, of its rows (0) or columns (1)."""
+        shape = () if self.sharding is None else self.sharding.shape
+        return shape[dim] if len(shape) == 2 else 1
+
+    @property
+    def numel(self) -> int | None:
+        """Entries of the whole weight where it is sharded."""
+        return None if self.sharding is None else math.prod(self.sharding.shape)
 
     @property
     def alone(self) -> bool:

@@ -179,7 +179,8 @@ class Adafactor(Rule):
             if "exp_avg_sq" in state:
                 update = grad * state["exp_avg_sq"].lerp_(grad.square().add_(floor), fresh).rsqrt()
             else:
-                factored.accumulate(grad, state["exp_avg_sq_row"], state["exp_avg_sq_col"], fresh, floor, hyper.backend)
+                stats = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+                factored.accumulate(grad, stats, fresh, floor, hyper.backend)
                 update = factored.precondition(grad, state["exp_avg_sq_row"], state["exp_avg_sq_col"])
             factored.clip_(update, hyper.clip_threshold).mul_(learning_rate(hyper, t, weight, grad.dtype))
             if "exp_avg" in state:

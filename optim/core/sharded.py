@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from .basis import Dense
-from .cross_head import Segments
 from .layout import Layout
 from .projector import PROJECTORS
 from .view import MatrixView
@@ -37,7 +35,7 @@ def _plain(group: Mapping[str, Any]) -> str | None:
 
 def _projected(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> str | None:
     projector = PROJECTORS.get(group.get("projector", "sketch"))
-    if _plain(group):
+    if _plain(group) or view.rank in (0, view.b):  # all or nothing of it: entry by entry
         return _plain(group)
     if view.full:
         return "proj_type='full' has no side that is kept: choose proj_type='std'"
@@ -47,7 +45,7 @@ def _projected(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> st
         return f"projector={group.get('projector')!r} needs whole matrices: choose 'sketch', or 'columns'"
     if not layout.cols:
         return None
-    if not isinstance(projector.basis, Dense) or isinstance(projector.basis, Segments):
+    if not projector.basis.splits:
         return f"projector={group['projector']!r} chooses among coordinates that are sharded: {KEEP}"
     if group.get("basis_dtype") is not None:
         return f"basis_dtype={group['basis_dtype']!r} has scales of whole columns: drop the option, or {KEEP}"

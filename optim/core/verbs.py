@@ -37,7 +37,7 @@ def project(b: Bucket) -> Tensor:
     for index, held in enumerate(b.states):
         known = b.projected[index] if b.ready[index] is None else b.ready[index]
         if known is None:
-            b.basis.project(b.matrix(index), held, b.gemm_dtype, low[index])
+            b.basis.project(b.matrix(index), held, b.gemm_dtype, low[index], b.mine)
         else:
             low[index].copy_(known)
             b.projected[index] = None
@@ -110,7 +110,7 @@ def move_back_(
 ) -> None:
     """`W <- (1 - lr wd) W - lr scale (N P^T + residual)` for one weight."""
     lr, decay = rates(b, index)
-    move = Step(Move(decay, -lr * b.hyper.scale, b.gemm_dtype, residual), b.view.transposed, b.hyper.backend)
+    move = Step(Move(decay, -lr * b.hyper.scale, b.gemm_dtype, residual), b.view.transposed, b.hyper.backend, b.mine)
     if step is None:
         move.rest(target)
     else:
