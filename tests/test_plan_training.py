@@ -305,3 +305,19 @@ def test_budgets_are_read_in_units_of_makers_and_of_systems(text: str, size: int
 def test_other_budgets_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="it takes a size such as 24GB"):
         parse_bytes(text)
+
+
+def test_the_compiler_that_a_plan_postpones_is_there_when_it_is_asked_for() -> None:
+    code = """
+import sys, torch
+from lowmem.bench.compiler import postpone_compiler
+postpone_compiler()
+weight = torch.nn.Parameter(torch.ones(2))
+torch.optim.SGD([weight], lr=1.0)
+assert "torch._dynamo.convert_frame" not in sys.modules
+graphs = []
+double = torch.compile(lambda x: 2 * x, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+assert double(torch.ones(2)).tolist() == [2.0, 2.0] and len(graphs) == 1
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
