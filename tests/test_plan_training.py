@@ -102,6 +102,20 @@ def test_peaks_are_those_of_training_steps(name: str, shape: tuple[int, int]) ->
             assert told == pytest.approx(measured, rel=0.04), f"release {release}, checkpointing {checkpointing}"
 
 
+def test_the_norm_that_release_notes_of_bf16_gradients_is_in_the_peak() -> None:
+    tokens = torch.randint(VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
+    model = llama(vocab_size=8000, num_hidden_layers=1).to(torch.bfloat16)
+    optimizer = GaLore(param_groups(model, rank=64))
+    found = plan_training(model, optimizer, (1, 8), device="cpu")
+    enable_gradient_release(model, optimizer)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    step()
+    assert found.peak_released == pytest.approx(found.weights + found.optimizer.state + peak_of(step), rel=0.01)
+
+
 def switch(model: Any) -> None:
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
