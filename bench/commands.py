@@ -163,10 +163,12 @@ def plan_memory(
     if "state" in texts and "state_dtype" in options:
         texts["state_dtype"] = texts.pop("state")
     _refuse_unknown(context, optimizer, texts, options)
+    from .compiler import postpone_compiler
     from .plan import parse_bytes
     from .plan import plan_memory as run
     from .planner import Settings
 
+    postpone_compiler()
     values, room = parse_options(optimizer, options, texts), parse_bytes(budget) if budget else None
     run(Settings(model, optimizer, values, dtype, batch_size, length, checkpointing, release, room), out)
 

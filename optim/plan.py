@@ -234,5 +234,8 @@ def needs(optimizer: Optimizer, device: str = "cuda") -> Needs:
     steps = None
     if isinstance(optimizer, Lifecycle) and optimizer.needs_all_gradients() is None:
         groups = enumerate(optimizer.param_groups)
-        steps = {id(p): single[kind_of(index, p)].largest for index, group in groups for p in group["params"]}
+        params = [(index, param) for index, group in groups for param in group["params"]]
+        # Release notes the norm of a gradient before the step, of a wider copy on a CPU.
+        norms = {id(p): 4 * p.numel() if device == "cpu" and p.itemsize < 4 else 0 for _, p in params}
+        steps = {id(p): max(single[kind_of(index, p)].largest, norms[id(p)]) for index, p in params}
     return Needs(found, steps)

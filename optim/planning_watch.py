@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..kernels import moments, random, tiles
 from .core import bucket
 
+aten = torch.ops.aten
 META = torch.device("meta")
 CHECK = "_device_dtype_check_for_fused"
 
@@ -57,11 +58,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         how = kwargs or {}
-        given = [tensor for tensor in _tensors((*args, *how.values())) if tensor.is_meta]
+        given: list[Tensor] = []
+        key = (func, torch.get_default_dtype(), _key(args, given), *((name, _key(how[name], given)) for name in how))
+        asked = None
         for tensor in given:
-            self._known.add(tensor.untyped_storage()._cdata)
-        answer = _answer(func, given[0], how) if given else None
-        made = _run(func, args, how) if answer is None else answer
+            if tensor.is_meta:
+                asked = tensor if asked is None else asked
+                self._known.add(tensor.untyped_storage()._cdata)
+        answer = _answer(func, asked, how) if func in ASKING and asked is not None else None
+        made = _run(func, args, how, given, key) if answer is None else answer
         for tensor in made if isinstance(made, tuple | list) else (made,):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._count(tensor.untyped_storage())
@@ -88,39 +93,29 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.freed(key, size)
 
 
-def _run(func: Any, args: tuple[Any, ...], how: Mapping[str, Any]) -> Any:
+def _key(value: Any, given: list[Tensor]) -> Any:
+    """What decides the form of a result, and the tensors that are `given`."""
+    if isinstance(value, Tensor):
+        given.append(value)
+        return value.shape, value.stride(), value.dtype, value.is_meta
+    if isinstance(value, tuple | list):
+        return tuple([_key(part, given) for part in value])
+    return type(value), value
+
+
+def _run(func: Any, args: tuple[Any, ...], how: Mapping[str, Any], given: list[Tensor], key: Any) -> Any:
     """Run an operation, or return what it is known to return."""
     try:
-        key = (func, _key(args), *((name, _key(value)) for name, value in how.items()))
         known = _MADE.get(key)
-    except TypeError:  # an argument that is not hashable, or has data
+    except TypeError:  # an argument that cannot be compared
         return func(*args, **how)
     if known is None:
         made = func(*args, **how)
-        _MADE[key] = _form(func, args, how, made)
+        _MADE[key] = _form(func, args, given, made)
         return made
     if known is WRITTEN:
         return args[0]
     return known.make() if isinstance(known, Form) else func(*args, **how)
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Tensors among arguments, and in lists of them."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, tuple | list):
-            yield from _tensors(value)
-
-
-def _key(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        if not value.is_meta and value.ndim:
-            raise TypeError("its data may decide what is returned")
-        return value.shape, value.stride(), value.dtype, value.is_meta
-    if isinstance(value, tuple | list):
-        return tuple(map(_key, value))
-    return type(value), value
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,32 +134,37 @@ class Form:
 WRITTEN, OTHER = "its first argument", "anything else, such as a view"
 
 
-def _form(func: Any, args: tuple[Any, ...], how: Mapping[str, Any], made: Any) -> Form | str:
+def _form(func: Any, args: tuple[Any, ...], given: list[Tensor], made: Any) -> Form | str:
+    if any(tensor.ndim and not tensor.is_meta for tensor in given):
+        return OTHER  # data may decide
     if func._schema.name.endswith("_") and args and made is args[0] and made.is_meta:
         return WRITTEN
-    given = {tensor.untyped_storage()._cdata for tensor in _tensors((*args, *how.values()))}
+    storages = {tensor.untyped_storage()._cdata for tensor in given}
     outs = made if isinstance(made, tuple) else (made,)
-    if func._schema.is_mutable or not all(_is_new(out, given) for out in outs):
+    if func._schema.is_mutable or not all(_is_new(out, storages) for out in outs):
         return OTHER
     return Form(tuple((out.shape, out.stride(), out.dtype) for out in outs), isinstance(made, tuple))
 
 
-def _is_new(out: Any, given: set[int]) -> bool:
+def _is_new(out: Any, storages: set[int]) -> bool:
     """Whether it is a tensor without data that fills a storage of its own."""
-    if not isinstance(out, Tensor) or not out.is_meta or out.untyped_storage()._cdata in given:
+    if not isinstance(out, Tensor) or not out.is_meta or out.untyped_storage()._cdata in storages:
         return False
     last = sum((size - 1) * stride for size, stride in zip(out.shape, out.stride(), strict=True))
     return out.untyped_storage().nbytes() == (last + 1 if out.numel() else 0) * out.itemsize
 
 
+NUMBER, ENTRIES, COPY = aten._local_scalar_dense.default, aten.nonzero.default, aten._to_copy.default
+ASKING = (NUMBER, ENTRIES, COPY)
+
+
 def _answer(func: Any, asked: Tensor, how: Mapping[str, Any]) -> Any:
     """What is asked of data: one number, the entries that are not zero, or a copy on the host."""
-    aten = torch.ops.aten
-    if func is aten._local_scalar_dense.default:
+    if func is NUMBER:
         return 1.0 if asked.is_floating_point() else True if asked.dtype == torch.bool else 1
-    if func is aten.nonzero.default:
+    if func is ENTRIES:
         return asked.new_empty((asked.numel(), asked.ndim), dtype=torch.int64)
-    if func is aten._to_copy.default and how.get("device") == torch.device("cpu"):
+    if how.get("device") == torch.device("cpu"):
         return torch.ones(asked.shape, dtype=how.get("dtype") or asked.dtype)
     return None
 

@@ -231,6 +231,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Any) -> None:
     for flags, message in (
         (["--rank=auto", "--energy=0.9"], "cannot be planned"),
         (["--rnk=3"], "Did you mean --rank"),
+        (["--dtype=x"], "--dtype is x: it must be fp32 or bf16"),
         (["--optimizer=adamw", "--release"], "adamw cannot step parameters one by one"),
         (["--budget=24ZB"], "takes a size such as 24GB or 24GiB"),
     ):

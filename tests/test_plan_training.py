@@ -102,6 +102,20 @@ def test_peaks_are_those_of_training_steps(name: str, shape: tuple[int, int]) ->
             assert told == pytest.approx(measured, rel=0.04), f"release {release}, checkpointing {checkpointing}"
 
 
+def test_the_norm_that_release_notes_of_bf16_gradients_is_in_the_peak() -> None:
+    tokens = torch.randint(VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(0))
+    model = llama(vocab_size=8000, num_hidden_layers=1).to(torch.bfloat16)
+    optimizer = GaLore(param_groups(model, rank=64))
+    found = plan_training(model, optimizer, (1, 8), device="cpu")
+    enable_gradient_release(model, optimizer)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    step()
+    assert found.peak_released == pytest.approx(found.weights + found.optimizer.state + peak_of(step), rel=0.01)
+
+
 def switch(model: Any) -> None:
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
@@ -305,3 +319,19 @@ def test_budgets_are_read_in_units_of_makers_and_of_systems(text: str, size: int
 def test_other_budgets_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="it takes a size such as 24GB"):
         parse_bytes(text)
+
+
+def test_the_compiler_that_a_plan_postpones_is_there_when_it_is_asked_for() -> None:
+    code = """
+import sys, torch
+from lowmem.bench.compiler import postpone_compiler
+postpone_compiler()
+weight = torch.nn.Parameter(torch.ones(2))
+torch.optim.SGD([weight], lr=1.0)
+assert "torch._dynamo.convert_frame" not in sys.modules
+graphs = []
+double = torch.compile(lambda x: 2 * x, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+assert double(torch.ones(2)).tolist() == [2.0, 2.0] and len(graphs) == 1
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
