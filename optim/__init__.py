@@ -13,12 +13,14 @@ from .frugal import Frugal
 from .galore import GaLore
 from .galore_plus import GaLorePlus
 from .lowrank import LowRank
+from .matched import Matched, matched
 from .online_subspace import OnlineSubspaceDescent
 from .params import head_groups, param_groups
-from .plan import Plan, plan
+from .plan import Plan, TrainingPlan, plan, plan_training
 from .precision import full_precision_state_dict
 from .presets import FiraAdamW, GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
 from .release import GradientRelease, enable_gradient_release
+from .shard import kept_shard
 
 __all__ = [
     "LISA",
@@ -38,15 +40,20 @@ __all__ = [
     "GaLorePlus",
     "GradientRelease",
     "LowRank",
+    "Matched",
     "OnlineSubspaceDescent",
     "Plan",
     "SubspaceAccumulator",
+    "TrainingPlan",
     "convert_state",
     "enable_gradient_release",
     "from_bitsandbytes",
     "full_precision_state_dict",
     "head_groups",
+    "kept_shard",
+    "matched",
     "param_groups",
     "plan",
+    "plan_training",
     "to_bitsandbytes",
 ]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
-from torch.distributed.tensor import Shard
 
 from .core.view import matrix_shape
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Shard
 
 
 def kept_shard(param: Tensor) -> Shard:
@@ -19,6 +23,8 @@ def kept_shard(param: Tensor) -> Shard:
     Args:
         param: A parameter; vectors are sharded as ever.
     """
+    from torch.distributed.tensor import Shard  # slow to import, and there for those who call this
+
     if param.ndim < 2:
         return Shard(0)
     rows, cols = matrix_shape(param.shape)

@@ -149,7 +149,7 @@ def test_every_combination_of_slots_works_or_is_refused(projector: str, residual
         assert measured_bytes(optimizer) == optimizer.summary().state_bytes
         assert_resumes(optimizer, params, options)
         worked += 1
-    assert worked or residual == "additive"
+    assert worked or residual == "additive" or (projector == "gaussian" and residual != "channel")
     assert all(any(word in text for word in ("pass ", "choose ", "drop ")) for text in refusals), refusals
 
 

@@ -261,8 +261,6 @@ def counted(build: Build, shape: tuple[int, int], dim: int) -> dict[str, int]:
 class Counting:
     """Counts the elements of collectives of this process, in threads that take turns at none of them."""
 
-    names = {"all_reduce": 0, "_reduce_scatter": 1, "_all_gather": 0}
-
     def __init__(self, sent: dict[str, int]) -> None:
         self.sent = sent
 

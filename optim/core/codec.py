@@ -63,7 +63,9 @@ def specs(name: str, shape: tuple[int, ...], param: Tensor, state_dtype: str, ax
     rows, cols = matrix_shape(shape)
     return {
         name: Spec(shape, form.code_dtype(signed=_signed(name)), param.device, form.name, axis),
-        name + SCALE: Spec((rows, form.scales(cols)), torch.float32, param.device, axis="m" if axis == "param" else axis),
+        name + SCALE: Spec(
+            (rows, form.scales(cols)), torch.float32, param.device, axis="m" if axis == "param" else axis
+        ),
     }
 
 

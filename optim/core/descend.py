@@ -80,7 +80,11 @@ def descend_(b: Bucket, index: int, low: Tensor) -> None:
     rules would blow up.
     """
     held, matrix, how = b.states[index], b.matrix(index), Descent.of(b.hyper)
-    norm = b.layout.sum_all(torch.linalg.vector_norm(matrix, dtype=b.dtype).square()).sqrt() if not b.layout.alone else torch.linalg.vector_norm(matrix, dtype=b.dtype)
+    norm = (
+        b.layout.sum_all(torch.linalg.vector_norm(matrix, dtype=b.dtype).square()).sqrt()
+        if not b.layout.alone
+        else torch.linalg.vector_norm(matrix, dtype=b.dtype)
+    )
     usable = norm.isfinite() & (norm > 0)
     if b.fresh[index] or (norm.device.type == "cpu" and not usable):
         return

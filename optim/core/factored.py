@@ -30,7 +30,7 @@ def accumulate(
     layout: Layout = ALONE,
 ) -> None:
     """`R <- lerp(R, mean_cols(G^2) + floor, weight)` and likewise C with rows, without a G^2 temporary."""
-    rows, cols = layout.means(*pick("square_means", grad, backend)(grad), grad.shape)
+    rows, cols = layout.means(pick("square_means", grad, backend)(grad), grad.shape)
     row, col = stats
     row.lerp_(rows.add_(floor), weight)
     col.lerp_(cols.add_(floor), weight)

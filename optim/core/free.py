@@ -113,7 +113,7 @@ def descend_(b: Bucket, step: Tensor, low: Tensor, sound: Tensor, free: Free) ->
     if free.rule == "sgd":
         step.sub_(low, alpha=free.scale)
     if b.layout.dealt:  # all rows of [N | R]
-        step, low = b.layout.gather(torch.cat([step, low], dim=2), b.view.a).split(low.shape[2], dim=2)
+        step, low = b.layout.gather(torch.cat([step, low], dim=2), b.view.a).chunk(2, dim=2)
     for index, target in enumerate(b.targets()):
         if free.rule == "signsgd" and b.basis is not INDEX:
             residual: Scaled | Signed | None = _of_remainder(b, index, low[index], sound[index], free)

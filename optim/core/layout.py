@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
-from .sharding import Box, Sharding, shard_dim
+from .sharding import Box, Sharding, is_dtensor, shard_dim
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class Layout:
 
     def piece(self, grad: Tensor) -> Tensor:
         """This rank's piece of a gradient, placed as its parameter."""
-        if self.sharding is None or not isinstance(grad, DTensor):
+        if self.sharding is None or not is_dtensor(grad):
             return grad
         if tuple(grad.placements) != self.sharding.placements:
             grad = grad.redistribute(placements=self.sharding.placements)
@@ -98,8 +97,9 @@ class Layout:
             return tensor.mean(dim, keepdim=True)
         return self.sum_rows(tensor.sum(dim, keepdim=True)) / self._size(0)
 
-    def means(self, rows: Tensor, cols: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def means(self, pair: tuple[Tensor, Tensor], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Means of the rows and columns of a whole weight, from those of this rank's piece of a given shape."""
+        rows, cols = pair
         if self.alone:
             return rows, cols
         return (
@@ -173,6 +173,8 @@ class Layout:
         """A (a, b) out of its pieces, for what needs all of it at a refresh; a copy of the gradient's size."""
         if self.sharding is None:
             return matrix
+        from torch.distributed.tensor import Replicate
+
         shape = (whole.m, whole.n)
         placements = tuple(Replicate() if shard_dim(p) is None else p for p in self.sharding.placements)
         local = (matrix.T if self.transposed else matrix).contiguous()

@@ -52,4 +52,3 @@ def _projected(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> st
     if group.get("projector") == "descend" and group.get("proj_rule") == "adafactor":
         return "proj_rule='adafactor' has statistics of whole columns: choose 'adam', 'lion' or 'sgd'"
     return None
-

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.placement_types import Placement
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
 AXES = ("param", "m", "n", "kept", "basis", "")
 """What the rows of a state are: `param` all dimensions of the parameter, `m` and `n` its rows and columns as a matrix,
@@ -47,7 +50,7 @@ class Sharding:
             NotImplementedError: A weight of more than two dimensions is sharded in its third or a later one, or a
                 placement is neither a shard nor a replica.
         """
-        if not isinstance(param, DTensor):
+        if not is_dtensor(param):
             return None
         for placement in param.placements:
             dim = shard_dim(placement)
@@ -92,19 +95,23 @@ class Sharding:
 
     @staticmethod
     def _follow(placement: Placement, dim: int | None, dealt: bool) -> Placement:
+        from torch.distributed.tensor import Replicate, Shard
+
         own = shard_dim(placement)
         if own is None or (own != dim and not dealt):
             return Replicate()
         if isinstance(placement, Shard) or own != dim:
             return Shard(0)
-        return type(placement)(0, split_factor=placement.split_factor)  # type: ignore[attr-defined]
+        strided: Any = type(placement)  # of two mesh dimensions
+        made: Placement = strided(0, split_factor=getattr(placement, "split_factor", 1))
+        return made
 
     def wrap(self, local: Tensor, shape: tuple[int, ...], placements: tuple[Placement, ...]) -> DTensor:
         """Make a DTensor of a local piece, whose global shape uneven pieces do not tell."""
+        from torch.distributed.tensor import DTensor
+
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, placements: tuple[Placement, ...]) -> DTensor:
         """Zeros of a global shape, of which this rank allocates its piece."""
@@ -121,6 +128,12 @@ def shard_dim(placement: Placement) -> int | None:
     return dim if isinstance(dim, int) and not placement.is_partial() else None
 
 
+def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
+    """Tell a DTensor; where their module, slow to import, was never imported there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Any) -> Any:
     """The local piece of a DTensor, sharing its memory; anything else as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
