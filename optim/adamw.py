@@ -18,8 +18,8 @@ class AdamW8bit(SubspaceOptimizer):
         W_t = (1 - lr wd) W_{t-1} - lr (M_t / c1) / (sqrt(V_t / c2) + eps),  c_i = 1 - b_i^t
 
     It is what every optimizer of this package does with parameters that it does not project, by itself. State of a
-    weight (m, n): `2 m n` bytes of codes and `8 m ceil(n / 128)` of scales; tensors of fewer than 4096 elements and
-    those whose rows are shorter than 16 keep their moments in fp32.
+    weight (m, n): `2 m n` bytes of codes and `8 m ceil(n / 128)` of scales; vectors, tensors of
+    fewer than 4096 elements and those whose rows are shorter than 16 keep their moments in fp32.
 
     Args:
         params: Parameters, groups or (name, parameter) pairs.

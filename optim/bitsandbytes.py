@@ -9,8 +9,8 @@ and where the one of bitsandbytes shall go on:
 
 bitsandbytes itself is not needed. Both sides use the same 256 values and blocks of 256 entries; theirs run through the
 flat tensor, ours begin anew with every row of the matrix (first dimension, rest). Where that is the same, with a
-multiple of 256 columns or in a vector, the codes are copied. Other tensors are decoded to fp32 and coded in the blocks
-of the other side: an entry moves by at most half the distance of two neighbouring codes of its new block.
+multiple of 256 columns, the codes are copied. Other tensors are decoded to fp32 and coded in the blocks of the other
+side: an entry moves by at most half the distance of two neighbouring codes of its new block.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ StateDict = dict[str, Any]
 def from_bitsandbytes(state_dict: Mapping[str, Any], params: ParamsT) -> StateDict:
     """Convert a state dict of AdamW8bit into one for plain groups with `state_dtype="bnb8"`.
 
-    The codes are copied where the columns of the matrix (first dimension, rest) are a multiple of 256, and for
-    vectors; otherwise they are decoded to fp32 and coded anew. Moments that only one side codes are decoded or coded:
-    ours stay in fp32 where rows have fewer than 16 entries, theirs in embeddings that were told `optim_bits=32`.
+    The codes are copied where the columns of the matrix (first dimension, rest) are a multiple of 256; otherwise they
+    are decoded to fp32 and coded anew. Moments that only one side codes are decoded or coded: ours stay in fp32 in
+    vectors and where rows have fewer than 16 entries, theirs in embeddings that were told `optim_bits=32`.
 
     Args:
         state_dict: What `AdamW8bit.state_dict()` returned. Of a parameter: `step`, `state1` and `state2` of its shape,
@@ -70,8 +70,8 @@ def from_bitsandbytes(state_dict: Mapping[str, Any], params: ParamsT) -> StateDi
 def to_bitsandbytes(state_dict: Mapping[str, Any], params: ParamsT) -> StateDict:
     """Convert a state dict of plain groups with `state_dtype="bnb8"` into one for AdamW8bit.
 
-    The codes are copied where the columns of the matrix (first dimension, rest) are a multiple of 256, and for
-    vectors; otherwise they are decoded to fp32 and coded anew. Tensors of 4096 elements and more are coded in any case.
+    The codes are copied where the columns of the matrix (first dimension, rest) are a multiple of 256; otherwise they
+    are decoded to fp32 and coded anew. Tensors of 4096 elements and more are coded in any case.
 
     Args:
         state_dict: What `state_dict()` returned, as `from_bitsandbytes` describes it.

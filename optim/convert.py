@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..kernels import random
-from ..kernels.rounding import converted
-from .core import codec, compact, linalg
-from .core.basis import DENSE, Dense
-from .core.checkpoint import CONVERTIBLE, STRUCTURAL, restore
+from .core.adaptive import AUTO
+from .core.checkpoint import CONVERTIBLE, merged_groups
+from .core.conversion import Conversion
 from .core.lifecycle import Lifecycle
-from .core.state import zeros
-from .core.target import CORRECTION
-from .core.view import MatrixView
+from .core.sharding import is_dtensor
 
+OURS = (*CONVERTIBLE, "ranks", "energy", "budget")
+"""Options that the result has from the optimizer; all others are the checkpoint's, which loading takes over."""
+
+UNNAMED: dict[str, Any] = {"rank": None, "density": None, "rule": "adamw", "state_dtype": "float32"}
+UNNAMED |= {"basis_dtype": None, "rounding": "nearest", "lazy": None, "weight_norm": False, "num_heads": None}
+"""What a checkpoint without an option was written with: an older one, or one of torch's AdamW."""
+
+Group = dict[str, Any]
 StateDict = dict[str, Any]
 
 
@@ -29,10 +35,12 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: Lifecycle) -> StateD
 
     A lower rank keeps the leading columns of basis and moments. A higher one adds orthonormal columns at random, with
     no momentum and the mean of the second moments, and has the basis found anew in the next step. Moments are decoded
-    and coded, corrections of rounding converted, started at zero or left out.
+    and coded, corrections of rounding converted, started at zero or left out. Ranks that `rank="auto"` has chosen are
+    the optimizer's, or where it has not chosen yet the checkpoint's. All other options are the checkpoint's, as ever
+    when one is loaded.
 
     Args:
-        state_dict: What `state_dict()` returned.
+        state_dict: What `state_dict()` returned, of this package or of torch.optim.AdamW.
         optimizer: The optimizer that will load it; it is not changed.
 
     Returns:
@@ -41,127 +49,75 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: Lifecycle) -> StateD
     Raises:
         TypeError: The optimizer is not of this package.
         ValueError: Groups or parameters do not correspond, or differ in more than ranks and bits.
+        NotImplementedError: Parameters or their state are sharded.
     """
     if not isinstance(optimizer, Lifecycle):
         raise TypeError(f"got a {type(optimizer).__name__}, need an optimizer of lowmem.optim")
-    ours, theirs = optimizer.param_groups, state_dict["param_groups"]
-    if [len(g["params"]) for g in ours] != [len(g["params"]) for g in theirs]:
-        raise ValueError(
-            f"the checkpoint has groups of {[len(g['params']) for g in theirs]} parameters, this optimizer of "
-            f"{[len(g['params']) for g in ours]}: construct it with the groups of the checkpoint"
-        )
-    state, groups, position = {}, [], 0
-    for mine, saved in zip(ours, theirs, strict=True):
-        before = {**mine, **{name: value for name, value in saved.items() if name != "params"}}
-        for param, key in zip(mine["params"], saved["params"], strict=True):
-            held = state_dict["state"].get(key)
-            if held:
-                state[key] = _Change(optimizer, param, before, mine, position).of(held)
-            position += 1
-        groups.append({**saved, **{name: mine[name] for name in (*STRUCTURAL, "rounding") if name in mine}})
+    saved_state, state, groups, position = state_dict["state"], {}, [], 0
+    _check(optimizer.param_groups, state_dict["param_groups"], saved_state)
+    for mine, named in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        saved = {name: value for name, value in UNNAMED.items() if name in mine} | named
+        held = {
+            param: saved_state[key]
+            for param, key in zip(mine["params"], saved["params"], strict=True)
+            if saved_state.get(key)
+        }
+        result = _result(mine, saved, stepped=bool(held))
+        before, after = ({**mine, **group, "params": mine["params"]} for group in (saved, result))
+        optimizer._validate(after)
+        with _holding(optimizer, held):
+            for param, key in zip(mine["params"], saved["params"], strict=True):
+                if param in held:
+                    state[key] = Conversion(optimizer, param, (before, after), position).of(held[param])
+                position += 1
+        groups.append(copy.deepcopy(result))
     return {"state": state, "param_groups": groups}
 
 
-class _Change:
-    """One parameter between two groups: the one it was saved in, and the one it is in now."""
-
-    def __init__(
-        self, optimizer: Lifecycle, param: Tensor, before: dict[str, Any], after: dict[str, Any], position: int
-    ) -> None:
-        self.param, self.seed = param, random.mix(int(after.get("seed", 0)), position)
-        self.label = f"parameter {position} {tuple(param.shape)}"
-        self.reader = f"a {type(optimizer).__name__} of its rank and bits"
-        self.views = tuple(optimizer._view(param, group) for group in (before, after))
-        self.old, self.new = (
-            optimizer._specs_in(param, view, group) for view, group in zip(self.views, (before, after), strict=True)
+def _check(ours: list[Group], theirs: list[Group], state: Mapping[Any, Mapping[str, Any]]) -> None:
+    counts, saved = ([len(group["params"]) for group in groups] for groups in (ours, theirs))
+    if counts != saved:
+        raise ValueError(
+            f"the checkpoint has groups of {saved} parameters, this optimizer of {counts}: construct it with the "
+            "groups of the checkpoint"
         )
-        self.how = tuple(optimizer._hyper(group) for group in (before, after))
-        self._check(before, after)
+    params = [param for group in ours for param in group["params"]]
+    if any(map(is_dtensor, (*params, *(value for held in state.values() for value in held.values())))):
+        raise NotImplementedError(
+            "got sharded parameters or state (DTensor): convert a full state dict, as get_optimizer_state_dict(model, "
+            "optimizer, options=StateDictOptions(full_state_dict=True)) of torch.distributed.checkpoint.state_dict "
+            "returns it, for an optimizer of the model that is not sharded"
+        )
 
-    def of(self, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Convert the state."""
-        held = restore(saved, self.old, self.label, self.reader)
-        made = zeros(self.new)
-        for name in self.new:
-            if name in ("basis", "basis_left"):
-                self._basis(held, made, name)
-            elif name in held and not name.endswith(codec.SCALE) and name != CORRECTION:
-                self._moment(held, made, name)
-        if {CORRECTION} <= held.keys() & made.keys():
-            made[CORRECTION] = converted(held[CORRECTION], made[CORRECTION].dtype)
-        if self._grows() and "until_refresh" in made and made["until_refresh"].isfinite():
-            made["until_refresh"].zero_()
-        return made
 
-    def _check(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-        for name in STRUCTURAL:
-            if name not in CONVERTIBLE and before.get(name) != after.get(name):
-                raise ValueError(
-                    f"the checkpoint has {name}={before.get(name)!r}, this optimizer {name}={after.get(name)!r}: only "
-                    f"{', '.join(CONVERTIBLE)} can be converted; construct it with {name}={before.get(name)!r}"
-                )
-        one, other = self.views
-        same = _orientation(one) == _orientation(other)
-        dense = all(isinstance(getattr(how, "basis", None), Dense) for how in self.how)
-        if not same or (one != other and not dense):
+def _result(mine: Group, saved: Group, *, stepped: bool) -> Group:
+    """The group of a checkpoint with the rank and the bits of ours.
+
+    Raises:
+        ValueError: They differ in an option that cannot be converted, or our ranks are not chosen yet.
+    """
+    ranks = mine.get("ranks") if stepped else None
+    if mine.get("rank") == AUTO and stepped and ranks is None:
+        ranks = saved.get("ranks")
+        if ranks is None:
             raise ValueError(
-                f"{self.label} is {_told(one)} in the checkpoint and {_told(other)} here: only ranks of one dense "
-                "basis can be converted; construct the optimizer with the rank, side and projector of the checkpoint"
+                f"rank='auto' is chosen from the gradients of the first step, which this optimizer has not taken, and "
+                f"the checkpoint has rank={saved.get('rank')!r}: construct it with that rank"
             )
-
-    def _grows(self) -> bool:
-        one, other = self.views
-        return one is not None and other is not None and other.rank > one.rank
-
-    def _moment(self, held: dict[str, Tensor], made: dict[str, Tensor], name: str) -> None:
-        """Anything but a basis: decoded, cut or filled up, and coded."""
-        old, new = self.old[name], self.new[name]
-        if old == new:
-            made[name] = held[name]
-            if name + codec.SCALE in made:
-                made[name + codec.SCALE] = held[name + codec.SCALE]
-            return
-        value = codec.load(held, name, self.how[0].state_dtype, codec.work_dtype(self.param.dtype))
-        value = _fit(value, new.shape, mean="exp_avg_sq" in name)
-        codec.store(made, name, value, self.how[1].state_dtype, self.seed if "exp_avg_sq" in name else None)
-
-    def _basis(self, held: dict[str, Tensor], made: dict[str, Tensor], name: str) -> None:
-        if self._kept(name):
-            for key in {name, name + compact.SCALE} & made.keys():
-                made[key] = held[key]
-            return
-        value = DENSE.read(held, torch.promote_types(self.param.dtype, torch.float32), name)  # (b, r)
-        rank = self.views[1].rank if self.views[1] is not None else 0
-        value = value[:, :rank]
-        if rank > value.shape[1]:
-            fresh = random.normal(self.seed, len(value), rank - value.shape[1], value.device).to(value.dtype)
-            for _ in range(2):
-                fresh = fresh - value @ (value.T @ fresh)
-            value = torch.cat([value, linalg.orthonormal(fresh)], dim=1)
-        if name + compact.SCALE in made:
-            compact.write(made[name], made[name + compact.SCALE], value)
-        else:
-            made[name].copy_(value)
-
-    def _kept(self, name: str) -> bool:
-        keys = (name, name + compact.SCALE)
-        return [self.old.get(key) for key in keys] == [self.new.get(key) for key in keys]
+    result = {name: value for name, value in saved.items() if name not in OURS}
+    result |= {name: mine[name] for name in OURS if name in mine}
+    if "ranks" in result:
+        result["ranks"] = ranks
+    merged_groups([mine], [result])  # raises as loading would
+    return result
 
 
-def _fit(value: Tensor, shape: tuple[int, ...], *, mean: bool) -> Tensor:
-    """Cut a tensor, or fill it up with zeros or with the mean of what there is along the dimension."""
-    for dim, size in enumerate(shape):
-        value = value.narrow(dim, 0, min(size, value.shape[dim]))
-        missing = size - value.shape[dim]
-        if missing:
-            fill = value.mean(dim, keepdim=True) if mean else torch.zeros_like(value.narrow(dim, 0, 1))
-            value = torch.cat([value, fill.expand(*value.shape[:dim], missing, *value.shape[dim + 1 :])], dim)
-    return value
-
-
-def _orientation(view: MatrixView | None) -> tuple[bool, ...] | None:
-    return None if view is None else (view.transposed, view.full, view.rank == 0)
-
-
-def _told(view: MatrixView | None) -> str:
-    return "plain" if view is None else f"projected on its {view.side} side at rank {view.rank}"
+@contextmanager
+def _holding(optimizer: Lifecycle, held: dict[Tensor, Any]) -> Iterator[None]:
+    """Have the optimizer hold the state of the checkpoint, whose names tell in which phase a residual is."""
+    own = optimizer.state
+    optimizer.state = defaultdict(dict, held)
+    try:
+        yield
+    finally:
+        optimizer.state = own

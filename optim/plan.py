@@ -6,11 +6,11 @@ State follows from its description. For GaLore with `state_dtype="8bit"` a proje
     moments    2 max(m, n) r                      bytes of codes
     scales     8 max(m, n) ceil(r / 128)          bytes: fp32, one for 128 codes of a row, twice
 
-with the default `proj_type="std"`, and a plain parameter of (rows, cols), a vector being one row of itself,
+with the default `proj_type="std"`, and a plain parameter of (rows, cols)
 
     moments    2 rows cols                        bytes of codes
     scales     8 rows ceil(cols / 128)            bytes
-    or, of fewer than 4096 elements or with rows of fewer than 16,
+    or, of a vector, of fewer than 4096 elements or with rows of fewer than 16,
     moments    8 rows cols                        bytes: fp32
 
 What a step takes besides, and the forward and backward pass, is measured: the optimizer's and the model's own code run

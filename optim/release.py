@@ -24,21 +24,21 @@ class GradientRelease:
     """The hooks of `enable_gradient_release`; a context manager that removes them at its end."""
 
     def __init__(self, model: nn.Module, optimizer: Lifecycle, steps: int, clip: Clip) -> None:
-        self._model, self._optimizer, self._steps = model, optimizer, steps
+        if optimizer.release is not None:
+            raise ValueError("gradients of this optimizer are released already: remove() the first handle")
+        self._model: nn.Module | None = model
+        self._optimizer, self._steps = optimizer, steps
         self._cycle = Cycle(optimizer, Own(optimizer) if steps > 1 else None, clip)
         self._hooks: dict[int, RemovableHandle] = {}
         self._called = False
-        self._attach()
+        self._attach(model)
         if not self._hooks:
+            optimizer.release = None
             raise ValueError(
                 f"no trainable parameter of the {type(model).__name__} is in the optimizer, so that nothing would be "
                 "released: construct the optimizer with model.parameters() or param_groups(model)"
             )
-        self._watches = [
-            model.register_forward_pre_hook(self._forward),
-            optimizer.register_step_pre_hook(self._step),
-        ]
-        optimizer.released = True
+        self._watch = model.register_forward_pre_hook(self._forward)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -50,11 +50,26 @@ class GradientRelease:
 
     def remove(self) -> None:
         """Take the hooks away: gradients are kept again, and `optimizer.step()` is due."""
-        self._cycle.hand_over()
-        for handle in (*self._hooks.values(), *self._watches):
+        if self._hooks:
+            self._cycle.close()
+        for handle in (*self._hooks.values(), self._watch):
             handle.remove()
         self._hooks.clear()
-        self._optimizer.released = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What of a step has come so far, to be saved beside the optimizer; empty but for a norm between two steps."""
+        return self._cycle.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what `state_dict()` recorded; load the optimizer first."""
+        self._cycle.load_state_dict(state_dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradientRelease:
+        """A model that is copied takes its hooks along, not its optimizer: the copy's do nothing."""
+        return _inert()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _inert, ()
 
     def __enter__(self) -> GradientRelease:
         return self
@@ -64,27 +79,24 @@ class GradientRelease:
     ) -> None:
         self.remove()
 
-    def _attach(self) -> None:
+    def _attach(self, model: nn.Module) -> None:
         """Hook parameters that have none yet: those that were unfrozen, or added to the optimizer, as well."""
         held = {id(param) for group in self._optimizer.param_groups for param in group["params"]}
-        for param in self._model.parameters():
+        for param in model.parameters():
             if param.requires_grad and id(param) in held and id(param) not in self._hooks:
                 hook: RemovableHandle = param.register_post_accumulate_grad_hook(self._release)  # type: ignore[no-untyped-call]
                 self._hooks[id(param)] = hook
 
     def _forward(self, model: nn.Module, args: Any) -> None:
-        """A forward pass begins: what was stepped in the last one may be stepped again."""
-        if torch.is_grad_enabled():
-            if DistributedDataParallel._active_ddp_module is not None:
-                raise RuntimeError(f"gradient release: {AVERAGED}")
-            self._attach()
-            self._called = True
-            if self._cycle.stepped:
-                self._cycle.end()
-
-    def _step(self, optimizer: Any, args: Any, options: Any) -> None:
-        """`optimizer.step()` ends a cycle, whatever came; gradients without a hook are its own to step."""
-        self._cycle.end()
+        """A forward pass begins, not a checkpoint's within a backward pass: what was stepped may be stepped again."""
+        if self._model is None or torch._C._current_graph_task_id() != -1:
+            return
+        if DistributedDataParallel._active_ddp_module is not None:
+            raise RuntimeError(f"gradient release: {AVERAGED}")
+        self._attach(model)
+        self._called = True
+        if self._cycle.stepped:
+            self._cycle.end()
 
     def _release(self, param: Tensor) -> None:
         cycle = self._cycle
@@ -98,6 +110,13 @@ class GradientRelease:
             cycle.end()
         if cycle.add(param) >= self._steps:
             cycle.step(param)
+
+
+def _inert() -> GradientRelease:
+    """A handle without a model."""
+    handle = object.__new__(GradientRelease)
+    handle._model = None
+    return handle
 
 
 def enable_gradient_release(
@@ -121,6 +140,7 @@ def enable_gradient_release(
     its state dict is complete, and rates set by a scheduler take effect in the next backward pass.
 
     With `accumulation_steps=k` parameters are stepped in the k-th backward pass, or by an earlier `optimizer.step()`.
+    A batch is given up by `optimizer.zero_grad()`; where a checkpoint is in mid-step, save `handle.state_dict()` too.
     Until then gradients of projected matrices are summed in the subspace, `R <- R + A P` (a, r), which is exact for
     methods that use nothing else of them between two refreshes (GaLore); those of plain parameters, and of matrices
     whose refresh is due, are kept whole. Divide the losses by k, as for any accumulation.
@@ -147,7 +167,7 @@ def enable_gradient_release(
         raise TypeError(f"got a {type(optimizer).__name__}: gradient release needs an optimizer of lowmem.optim")
     if isinstance(model, DistributedDataParallel):
         raise ValueError(f"got a DistributedDataParallel model: {AVERAGED}")
-    if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
+    if not isinstance(accumulation_steps, int) or accumulation_steps is True or accumulation_steps < 1:
         raise ValueError(f"Invalid accumulation_steps: {accumulation_steps!r}; need an integer of at least 1")
     reason = optimizer.needs_all_gradients()
     if reason is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -139,7 +141,10 @@ def test_bases_in_other_bits_are_refused(before: str | None, after: str | None) 
 def test_a_rule_whose_second_moment_would_start_at_an_old_count_is_refused(before: str, after: str) -> None:
     optimizer, weight = trained("galore", rule=before)
     optimizer.param_groups[0]["rule"] = after
-    with pytest.raises(ValueError, match=r"does not exist after 4 steps: rule, .* cannot change so"):
+    with pytest.raises(
+        ValueError,
+        match=f"is that of {before} on the right side, its group now says {after} .*: rule, .* cannot change so",
+    ):
         step(optimizer, weight)
 
 
@@ -176,6 +181,87 @@ def test_a_weight_of_another_shape_is_refused() -> None:
     weight.data = torch.zeros(80, 96, dtype=BF16)
     with pytest.raises(ValueError, match=r"of a \(80, 96\) parameter is .* cannot change so"):
         step(optimizer, weight)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"rank": 8}, {"rank": 16}),
+        ({"rank": 8}, {"rank": None}),
+        ({"proj_type": "left"}, {"proj_type": "right"}),
+        ({"proj_type": "std"}, {"proj_type": "left"}),
+        ({"projector": "columns"}, {"projector": "rows"}),
+        ({"projector": "columns"}, {"projector": "dct"}),
+        ({"projector": "descend"}, {"projector": "sketch"}),
+        ({"rule": "rmsprop"}, {"rule": "adamw"}),
+        ({"rule": "lion"}, {"rule": "sgd"}),
+    ],
+)
+def test_a_refused_change_that_is_set_back_leaves_no_trace(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Numbers of the same shape may be those of another side, basis or rule: on a square matrix all are."""
+    found = []
+    for changes in (False, True):
+        params = [nn.Parameter(randn(48, 48)), nn.Parameter(randn(48, 32))]
+        optimizer = GaLore(params, **{"rank": 8, "lr": 1e-2, "update_proj_gap": 3, **before})
+        for seed in range(6):
+            for param in params:
+                param.grad = randn(*param.shape, seed=seed)
+            if changes and seed == 4:
+                old = {name: optimizer.param_groups[0][name] for name in after}
+                optimizer.param_groups[0].update(after)
+                with pytest.raises(ValueError, match="cannot change so after the first step; set back"):
+                    optimizer.step()
+                optimizer.param_groups[0].update(old)
+            optimizer.step()
+        found.append(params)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+def test_copies_know_what_their_state_stands_for(how: Callable[[Any], Any]) -> None:
+    weight = nn.Parameter(randn(96, 96))
+    optimizer = LowRank([weight], rank=64, rule="rmsprop", betas=(0.0, 0.9), state_dtype="8bit")
+    step(optimizer, weight)
+    twin = how(optimizer)
+    twin.param_groups[0]["state_dtype"] = "bnb8"
+    with pytest.raises(ValueError, match="in another code, dynamic"):
+        step(twin, twin.param_groups[0]["params"][0])
+
+
+def test_a_failed_load_leaves_everything_as_it_was() -> None:
+    other, _ = trained("galore", dtype=F32, weight_norm=True)
+    optimizer, weight = trained("galore")
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(TypeError, match="weight_norm=True scales weights in place"):
+        optimizer.load_state_dict(other.state_dict())
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert all(torch.equal(value, after["state"][0][name]) for name, value in before["state"][0].items())
+    step(optimizer, weight)
+
+
+def test_a_checkpoint_of_adam_with_decay_in_the_gradient_is_refused() -> None:
+    weight = nn.Parameter(randn(8, 8))
+    adam = torch.optim.Adam([weight], weight_decay=0.1)
+    step(adam, weight)
+    with pytest.raises(ValueError, match=r"torch.optim.Adam's with weight_decay=0\.1 in the gradient"):
+        GaLore([weight], rank=None).load_state_dict(adam.state_dict())
+
+
+def test_a_first_step_at_rate_zero_counts_where_any_gradient_is_not_zero() -> None:
+    """LoRA under linear warm-up: the gradient of A is zero while B is, and the rate starts at zero."""
+    found = []
+    for build in (torch.optim.AdamW, lambda p, **o: GaLore(p, rank=None, **o)):
+        params = [nn.Parameter(randn(8, 4)), nn.Parameter(torch.zeros(4, 8))]
+        optimizer = build(params, lr=0.0)
+        for seed in range(4):
+            params[0].grad = randn(8, 4, seed=seed) * (seed > 0)
+            params[1].grad = randn(4, 8, seed=seed)
+            optimizer.param_groups[0]["lr"] = 1e-2 * seed
+            optimizer.step()
+        found.append(params)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_momentum_may_be_switched_on_and_off() -> None:

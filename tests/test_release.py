@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,148 @@ def test_a_model_that_is_wrapped_in_ddp_later_is_refused(tmp_path: Path) -> None
             wrapped(randn(6, 12))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def cycle(optimizer: GaLore, model: nn.Module, step: int, k: int = 2) -> None:
+    for batch in batches(k, step):
+        (loss_of(model, batch) / k).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def released(**options: Any) -> tuple[Net, GaLore, Any]:
+    model = Net()
+    optimizer = GaLore(model.parameters(), lr=1e-2, rank=4, update_proj_gap=3)
+    return model, optimizer, enable_gradient_release(model, optimizer, **options)
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_handle_that_is_removed_in_the_middle_of_a_step_leaves_gradients() -> None:
+    model, optimizer, handle = released(accumulation_steps=2)
+    twin, plain, kept = released(accumulation_steps=2)
+    for one, of in ((optimizer, model), (plain, twin)):
+        cycle(one, of, 0)
+    first, second = batches(2, 1)
+    for net in (model, twin):
+        (loss_of(net, first) / 2).backward()
+    handle.remove()
+    for net in (model, twin):
+        (loss_of(net, second) / 2).backward()
+    for one in (optimizer, plain):
+        one.step()
+    assert_same(model, twin)
+    optimizer.zero_grad()
+    assert not optimizer._low_grads
+    kept.remove()
+
+
+def test_a_batch_that_is_given_up_is_forgotten() -> None:
+    model, optimizer, _ = released(accumulation_steps=2)
+    twin, plain, _ = released(accumulation_steps=2)
+    for one, of in ((optimizer, model), (plain, twin)):
+        cycle(one, of, 0)
+    (100 * loss_of(model, randn(6, 12))).backward()
+    optimizer.zero_grad()
+    for one, of in ((optimizer, model), (plain, twin)):
+        cycle(one, of, 1)
+    assert_same(model, twin)
+
+
+def test_closures_end_a_step_after_they_have_run() -> None:
+    """Lightning steps with a closure in the last micro-batch alone."""
+    model, optimizer, _ = released(accumulation_steps=2)
+    twin, plain, _ = released(accumulation_steps=2)
+    for step in range(4):
+        first, second = batches(2, step)
+        (loss_of(model, first) / 2).backward()
+        optimizer.step(lambda second=second: (loss_of(model, second) / 2).backward())
+        optimizer.zero_grad()
+        cycle(plain, twin, step)
+    assert_same(model, twin)
+
+
+def test_two_calls_under_reentrant_checkpointing_are_refused() -> None:
+    model = Net()
+    enable_gradient_release(model, GaLore(model.parameters(), rank=4))
+    x = randn(6, 12).requires_grad_()
+    loss = sum(checkpoint(model, x, use_reentrant=True).sum() for _ in range(2))
+    with pytest.raises(RuntimeError, match="second gradient after it was stepped"):
+        loss.backward()
+
+
+def test_a_second_handle_is_refused_and_a_first_one_survives_loading() -> None:
+    model, optimizer, handle = released()
+    with pytest.raises(ValueError, match="released already"):
+        enable_gradient_release(model, optimizer)
+    loss_of(model, randn(6, 12)).backward()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.release is not None
+    handle.remove()
+    assert optimizer.release is None
+
+
+def test_open_ranks_that_come_later_are_not_stepped_alone() -> None:
+    model = Net()
+    optimizer = GaLore(list(model.layers.parameters()), rank=4)
+    enable_gradient_release(model, optimizer)
+    optimizer.add_param_group({"params": list(model.head.parameters()), "rank": "auto", "energy": 0.9})
+    with pytest.raises(RuntimeError, match="cannot be stepped alone: rank='auto' chooses ranks from all gradients"):
+        loss_of(model, randn(6, 12)).backward()
+
+
+def test_groups_that_change_places_keep_their_rates() -> None:
+    model = Net()
+    groups = [{"params": list(model.layers.parameters()), "lr": 0.0}, {"params": list(model.head.parameters())}]
+    optimizer = GaLore(groups, lr=1e-2)
+    with enable_gradient_release(model, optimizer):
+        loss_of(model, randn(6, 12)).backward()
+        optimizer.param_groups.reverse()
+        before = model.layers[0].weight.detach().clone()
+        loss_of(model, randn(6, 12)).backward()
+        assert torch.equal(model.layers[0].weight, before)
+
+
+@pytest.mark.parametrize("clip_by", ["previous", "matrix"])
+def test_a_run_resumes_in_the_middle_of_a_step_to_the_bit(clip_by: str) -> None:
+    model, optimizer, handle = released(accumulation_steps=2, max_norm=0.1, clip_by=clip_by)
+    cycle(optimizer, model, 0)
+    first, second = batches(2, 1)
+    (loss_of(model, first) / 2).backward()
+    twin, again, other = released(accumulation_steps=2, max_norm=0.1, clip_by=clip_by)
+    twin.load_state_dict(model.state_dict())
+    again.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(handle.state_dict())
+    for net, one in ((model, optimizer), (twin, again)):
+        (loss_of(net, second) / 2).backward()
+        one.step()
+        one.zero_grad()
+        cycle(one, net, 2)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_copied_model_trains_nothing() -> None:
+    model, optimizer, _ = released()
+    twin = copy.deepcopy(model)
+    before = [p.detach().clone() for p in twin.parameters()]
+    loss_of(twin, randn(6, 12)).backward()
+    assert all(torch.equal(p, old) for p, old in zip(twin.parameters(), before, strict=True))
+    assert all(p.grad is not None for p in twin.parameters())
+    loss_of(pickle.loads(pickle.dumps(model)), randn(6, 12)).backward()
+    assert not optimizer.state
+
+
+def test_a_step_without_gradient_does_not_switch_clipping_off() -> None:
+    model, _, handle = released(max_norm=1e-3)
+    (0 * loss_of(model, randn(6, 12))).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    (1e6 * loss_of(model, randn(6, 12))).backward()
+    assert float(handle.grad_norm) > 1e3
+    for param, old in zip(model.parameters(), before, strict=True):
+        assert (param - old).abs().max() < 0.1
 
 
 def test_gradients_are_gone_as_soon_as_they_are_used() -> None:

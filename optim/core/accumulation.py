@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ...kernels.reference import Move
+from ...kernels.rounding import Target
 from . import codec
+from .basis import Step
 from .bucket import Bucket, Plan
 from .lifecycle import Lifecycle
 from .projector import PROJECTORS
@@ -69,6 +72,17 @@ class Own:
         low = torch.empty(b.view.low_shape, dtype=b.dtype, device=piece[0].device)
         b.basis.project(b.matrix(0), piece[1], b.gemm_dtype, low, b.mine)  # summed over pieces with the step
         return low
+
+    def restore(self, param: Tensor, low: Tensor) -> Tensor:
+        """`R P^T` as a gradient, whose projection is R again."""
+        plan, hyper = self._places[param]
+        piece = self.optimizer._piece(param, self.optimizer.state[param], plan.layout)
+        whole = torch.zeros_like(param)
+        view = plan.layout.local(plan.view) if plan.view is not None else None
+        assert view is not None
+        step = Step(Move(1.0, 1.0, low.dtype), view.transposed, hyper.backend)
+        hyper.basis.project_back_(Target(local(whole).view(view.m, view.n)), low, piece, step)
+        return whole
 
     def deliver(self, position: int, param: Tensor, low: Tensor, cycle: int) -> None:
         """Put R in the place of a gradient."""

@@ -37,6 +37,11 @@ def merged_groups(ours: Groups, saved: Groups) -> Groups:
         return saved  # torch's error to raise
     merged = []
     for mine, theirs in zip(ours, saved, strict=True):
+        if theirs.get("decoupled_weight_decay") is False and theirs.get("weight_decay"):
+            raise ValueError(
+                f"the checkpoint is torch.optim.Adam's with weight_decay={theirs['weight_decay']} in the gradient; "
+                "this optimizer decays weights apart from it, as AdamW: set it to 0 in the checkpoint's groups"
+            )
         for name in (*STRUCTURAL, "rounding"):
             if name in theirs and theirs[name] != mine.get(name) and _structural(name, mine, theirs):
                 raise ValueError(
@@ -130,11 +135,11 @@ def load_keeping(
         optimizer.register_load_state_dict_pre_hook(check),
         optimizer.register_load_state_dict_post_hook(lambda _: settle(raw), prepend=True),
     ]
-    before = {"state": optimizer.state, "param_groups": optimizer.param_groups}
+    before = dict(optimizer.__dict__)
     try:
         load(state_dict)
-    except ValueError:
-        optimizer.__setstate__(before)
+    except Exception:
+        optimizer.__dict__.update(before)
         raise
     finally:
         for handle in handles:

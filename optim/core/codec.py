@@ -4,8 +4,9 @@
     "parameter"                          the parameter's own
     "8bit", "bnb8"                       codes of the moment's shape, and in fp32 `<name>_scale` (rows, cols / block)
 
-Only `exp_avg` (signed) and `exp_avg_sq` (not) are coded. Statistics of rows and columns, tensors of fewer than `SMALL`
-elements and those whose rows are shorter than `SHORT` stay in fp32. The shape decides, never that of a shard.
+Only `exp_avg` (signed) and `exp_avg_sq` (not) are coded. Statistics of rows and columns, vectors, tensors of fewer than
+`SMALL` elements and those whose rows are shorter than `SHORT` stay in fp32. The shape decides, never that of a shard; a
+vector has but one row, whose blocks no sharding would leave whole.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def storage_dtype(param: torch.dtype, state_dtype: str) -> torch.dtype:
 def form_of(name: str, shape: Sequence[int], state_dtype: str) -> Format | None:
     """The format in which a moment of this name and shape is coded; None where it is not."""
     rows, cols = matrix_shape(shape)
-    small = rows * cols < SMALL or cols < SHORT
+    small = len(shape) < 2 or rows * cols < SMALL or cols < SHORT
     return None if small or not name.endswith(("exp_avg", "exp_avg_sq")) else FORMATS.get(state_dtype)
 
 

@@ -16,7 +16,7 @@ from .checkpoint import STRUCTURAL, load_keeping, restore
 from .cross_head import check_rows
 from .hyper import Hyper, normalise
 from .planning import make_plans
-from .reconcile import reconcile
+from .reconcile import meaning, reconcile
 from .sharded import check_sharded
 from .spec import Spec
 from .summary import Summary, summarise
@@ -76,6 +76,8 @@ class Groups(Optimizer):
         for held in self.state.values():
             if isinstance(held.get("step"), int | float):
                 held["step"] = torch.tensor(float(held["step"]), dtype=torch.float32)
+        if self.state:  # of a copy: it was written under the options that the groups have now
+            self._settled = self._described(make_plans(self.param_groups, self._view))
 
     def _validate(self, group: dict[str, Any]) -> None:
         """Check the options of a complete group; optimizers with other options override this."""
@@ -134,13 +136,12 @@ class Groups(Optimizer):
                 self._validate(group)
                 for param in group["params"]:
                     self._admit(param, group)
-            self._plans = make_plans(self.param_groups, self._view)
-            for plan in self._plans:
+            plans = make_plans(self.param_groups, self._view)
+            for plan in plans:
                 self._check_layout(plan)
-            described = self._described()
-            reconcile(self.state, described, self._settled)
-            self._plans_key, self._settled = key, described
-            self._pieces = {}
+            described = self._described(plans)
+            reconcile(self.state, described, self._settled, {p: plan.layout for plan in plans for p in plan.params})
+            self._plans, self._plans_key, self._settled, self._pieces = plans, key, described, {}
         return self._plans
 
     def _check_layout(self, plan: Plan) -> None:
@@ -161,12 +162,20 @@ class Groups(Optimizer):
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options of a group that decide which state its parameters have."""
-        options = (*STRUCTURAL, "projector", "lazy", "carry", "proj_rule", "num_heads")
-        return (*(group.get(name) for name in options), group["betas"][0] > 0)
+        own = ("projector", "lazy", "carry", "proj_rule", "proj_betas", "num_heads", "compat", "update_proj_gap")
+        return (*(group.get(name) for name in (*STRUCTURAL, *own)), group["betas"][0] > 0)
 
-    def _described(self) -> dict[Tensor, dict[str, Spec]]:
-        """Describe the state of every parameter."""
-        return {param: self._state_of(param, plan.view, plan.group) for plan in self._plans for param in plan.params}
+    def _described(self, plans: list[Plan]) -> dict[Tensor, dict[str, Spec]]:
+        """Describe the state of every parameter, with what its numbers stand for."""
+        found = {}
+        for plan in plans:
+            group = self.param_groups[plan.group]
+            for param in plan.params:
+                described = self._state_of(param, plan.view, plan.group)
+                found[param] = {
+                    name: spec._replace(meaning=meaning(name, plan.view, group)) for name, spec in described.items()
+                }
+        return found
 
     def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
         """Orient an eligible parameter of a group; None leaves it plain.
@@ -217,8 +226,8 @@ class Groups(Optimizer):
     def _restore(self, loaded: dict[str, Any]) -> None:
         order = [(key, group) for group in loaded["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
-        self._plans, self._plans_key = make_plans(self.param_groups, self._view), None
-        described = self._settled = self._described()
+        self._plans_key = None
+        described = self._settled = self._described(make_plans(self.param_groups, self._view))
         for position, ((key, group), param) in enumerate(zip(order, params, strict=True)):
             saved = loaded["state"].get(key)
             if saved:

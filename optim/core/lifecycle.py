@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ from .plain import plain_
 from .sharding import local
 
 
+class Release(Protocol):
+    """What of gradient release an optimizer knows: the backward passes since its last step."""
+
+    def end(self) -> None:
+        """Step what still waits."""
+
+    def discard(self) -> None:
+        """Forget what waits."""
+
+
 class Lifecycle(Groups):
     """Base of every optimizer: sorts parameters into buckets and hands each to `update` or `plain`.
 
@@ -26,9 +36,6 @@ class Lifecycle(Groups):
     linear_between_refreshes: bool = False
     """Between two refreshes the update takes nothing from a gradient but A P, which may be summed in its place."""
 
-    released: bool = False
-    """Gradients are released: parameters are stepped in the backward pass."""
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """What a GradScaler asks before it steps; it would divide gradients that have been used already.
@@ -36,7 +43,7 @@ class Lifecycle(Groups):
         Raises:
             RuntimeError: Gradients are released.
         """
-        if self.released:
+        if self.release is not None:
             raise RuntimeError(
                 "got a GradScaler with gradient release: weights are stepped in the backward pass, by gradients that "
                 "are still scaled; train in bf16, torch.autocast('cuda', torch.bfloat16), which needs no scaler, or "
@@ -48,6 +55,8 @@ class Lifecycle(Groups):
         """Set up what is derived and never saved."""
         super()._transient()
         self._low_grads: dict[Tensor, Tensor] = {}
+        self.release: Release | None = getattr(self, "release", None)  # which loading does not end
+        self._warming = False
         self._alone: dict[int, tuple[Plan, tuple[Any, ...]]] = {}
 
     def update(self, b: Bucket) -> None:
@@ -76,7 +85,10 @@ class Lifecycle(Groups):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.release is not None:
+            self.release.end()
         self._prepare()
+        self._warming = self._warms_up()
         hypers = [self._hyper(group) for group in self.param_groups]
         for plan in self._planned():
             if not self._waits(self.param_groups[plan.group]):
@@ -97,6 +109,7 @@ class Lifecycle(Groups):
         Raises:
             ValueError: The optimizer does not have the parameter.
         """
+        self._warming = False
         plan, mark = self._alone.get(id(param), (None, None))
         if plan is None or mark != self._mark(param, plan):
             self._alone = {id(p): (part, self._mark(p, part)) for part in self._one_by_one() for p in part.params}
@@ -106,7 +119,22 @@ class Lifecycle(Groups):
                     "optimizer.add_param_group({'params': [parameter]})"
                 )
             plan = self._alone[id(param)][0]
+        if self._waits(self.param_groups[plan.group]):
+            raise RuntimeError(f"this parameter cannot be stepped alone: {self.needs_all_gradients()}")
         self._step_plan(plan, self._hyper(self.param_groups[plan.group]))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, those that were summed up in a subspace too."""
+        super().zero_grad(set_to_none)
+        self._low_grads.clear()
+        if self.release is not None:
+            self.release.discard()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, see `Groups.load_state_dict`; gradients that wait for their step are dropped."""
+        super().load_state_dict(state_dict)
+        if self.release is not None:
+            self.release.discard()
 
     def _one_by_one(self) -> Iterator[Plan]:
         for plan in self._planned():
@@ -114,7 +142,10 @@ class Lifecycle(Groups):
 
     def _mark(self, param: Tensor, plan: Plan) -> tuple[Any, ...]:
         """What a plan of one parameter depends on; to look at all groups for each would be quadratic."""
-        return (*seen(param), *self._fingerprint(self.param_groups[plan.group]))
+        if plan.group >= len(self.param_groups):
+            return ()
+        group = self.param_groups[plan.group]
+        return (id(group), len(group["params"]), *seen(param), *self._fingerprint(group))
 
     def needs_all_gradients(self) -> str | None:
         """Say why parameters cannot be stepped one by one; None where they can."""
@@ -147,7 +178,7 @@ class Lifecycle(Groups):
             held = self.state[param]
             if not held:
                 held.update(state.zeros(self._state_of(param, plan.view, plan.group), plan.layout))
-                if self._inert(hyper, grad, plan.layout):
+                if self._warming:
                     continue
             bucket.params.append(local(param))
             bucket.grads.append(plan.layout.piece(grad))
@@ -168,10 +199,17 @@ class Lifecycle(Groups):
             known = self._pieces[param] = (held, {name: local(value) for name, value in held.items()})
         return known[1]
 
-    @staticmethod
-    def _inert(hyper: Any, grad: Tensor, layout: Layout) -> bool:
-        """Recognise the warm-up step that checkpointing tools run to create state: lr 0 and zero gradients.
+    def _warms_up(self) -> bool:
+        """Recognise the step that checkpointing tools run to create state: nothing but rates of 0 and zero gradients.
 
         It must allocate and do nothing else: no basis of zeros, no step counted.
         """
-        return float(hyper.lr) == 0.0 and not layout.max_all(layout.piece(grad).count_nonzero())
+        if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not any(_nonzero(grad) for grad in grads if not grad.is_sparse)
+
+
+def _nonzero(grad: Tensor) -> Tensor:
+    """Whether an entry is not zero, over all pieces."""
+    return Layout.of(grad).max_all(local(grad).count_nonzero())

@@ -16,26 +16,39 @@ import torch
 from torch import Tensor
 
 from ...kernels.rounding import converted
+from .layout import Layout
+from .projector import PROJECTORS
 from .spec import Spec
 from .state import AGE, zeros
 from .target import CORRECTION
+from .view import MatrixView
+from .weight_norm import PREFIX
+
+REMEDY = "set back what was changed, or construct a new optimizer and load convert_state(state_dict, optimizer)"
 
 Described = Mapping[Tensor, Mapping[str, Spec]]
 
 
-def reconcile(states: MutableMapping[Any, dict[str, Tensor]], described: Described, before: Described) -> None:
+def reconcile(
+    states: MutableMapping[Any, dict[str, Tensor]],
+    described: Described,
+    before: Described,
+    layouts: Mapping[Tensor, Layout],
+) -> None:
     """Drop the state of parameters that left, and convert or refuse what no longer fits; nothing changes if refused.
 
     Args:
         states: The state of an optimizer.
         described: What it should be.
         before: What it was described as the last time.
+        layouts: Where parameters lie.
 
     Raises:
         ValueError: State cannot be converted to what a group needs now.
     """
     settled = {
         param: _settle(param, held, described[param], before.get(param, {}))
+        | _started(param, held, described[param], layouts[param])
         for param, held in states.items()
         if held and param in described
     }
@@ -52,32 +65,48 @@ def _settle(
     settled = {}
     for name, spec in specs.items():
         if name not in held:
-            settled[name] = _started(param, name, spec, held)
             continue
         value = held[name]
+        if name in before and before[name].meaning != spec.meaning:
+            raise ValueError(
+                f"{name} of a {tuple(param.shape)} parameter is that of {before[name].meaning}, its group now says "
+                f"{spec.meaning}: {_options(name)} cannot change so after the first step; {REMEDY}"
+            )
         recoded = name in before and before[name].form != spec.form
         if tuple(value.shape) != spec.shape or recoded or not _converts(name, value, spec):
             raise ValueError(
                 f"{name} of a {tuple(param.shape)} parameter is {value.dtype} {tuple(value.shape)}, its group now "
                 f"needs {spec.dtype} {spec.shape}{f' in another code, {spec.form}' if recoded and spec.form else ''}: "
-                f"{_options(name)} cannot change so after the first step; set back what was changed, or construct a "
-                "new optimizer and load convert_state(state_dict, optimizer)"
+                f"{_options(name)} cannot change so after the first step; {REMEDY}"
             )
         fits = value.dtype == spec.dtype
         settled[name] = (value if fits else _cast(name, value, spec.dtype)).to(spec.device)
     return settled
 
 
-def _started(param: Tensor, name: str, spec: Spec, held: Mapping[str, Tensor]) -> Tensor:
-    """State at zero, where zero is how it starts whenever that is."""
-    prefix, drifts, _ = name.partition("exp_avg_sq")
-    if (drifts and f"{prefix}step" in held) or name == AGE:
-        raise ValueError(
-            f"{name} of a {tuple(param.shape)} parameter does not exist after {int(held['step'])} steps: "
-            f"{_options(name)} cannot change so after the first; set back what was changed, or construct a new "
-            "optimizer"
-        )
-    return zeros({name: spec})[name]
+def _started(param: Tensor, held: Mapping[str, Tensor], specs: Mapping[str, Spec], layout: Layout) -> dict[str, Tensor]:
+    """What there is not yet, at zero, where zero is how it starts whenever that is."""
+    missing = {name: spec for name, spec in specs.items() if name not in held}
+    for name in missing:
+        prefix, drifts, _ = name.partition("exp_avg_sq")
+        if (drifts and f"{prefix}step" in held) or name == AGE:
+            raise ValueError(
+                f"{name} of a {tuple(param.shape)} parameter does not exist after {int(held['step'])} steps: "
+                f"{_options(name)} cannot change so after the first; {REMEDY}"
+            )
+    return zeros(missing, layout)
+
+
+def meaning(name: str, view: MatrixView | None, group: Mapping[str, Any]) -> str:
+    """What the numbers of a state stand for, where its shape does not tell."""
+    side = "a whole gradient" if view is None else f"the {view.side} side"
+    if name.startswith("basis"):
+        kind = getattr(PROJECTORS.get(group.get("projector", "")), "basis", None)
+        return f"a basis ({type(kind).__name__.lower()}) on {side}"
+    if "exp_avg" in name and not name.startswith(PREFIX):
+        rule = [str(group[option]) for option in ("rule", "momentum_on") if option in group]
+        return f"{' '.join(rule) or 'moments'} on {side}"
+    return ""
 
 
 def _converts(name: str, value: Tensor, spec: Spec) -> bool:
@@ -93,4 +122,6 @@ def _options(name: str) -> str:
     """The options that decide over a state."""
     if name.startswith("basis"):
         return "rank, density, proj_type, projector, num_heads and basis_dtype"
+    if name.startswith("residual_"):
+        return "residual, residual_density and state_dtype"
     return "rule, rank, density, proj_type, carry and state_dtype"

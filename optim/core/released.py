@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ class Cycle:
         self.stepped: set[int] = set()
         """Identities of the parameters that were stepped in this cycle."""
         self._way = way
+        optimizer.release = self
         self._counts: dict[Tensor, int] = {}
         self._sums: dict[Tensor, Tensor] = {}
         self._squares: list[Tensor] = []
@@ -81,8 +83,10 @@ class Cycle:
             self._clip_(grad)
             if low is not None:
                 self.optimizer._low_grads[param] = low
-            self.optimizer.step_one(param)
-            self.optimizer._low_grads.pop(param, None)
+            try:
+                self.optimizer.step_one(param)
+            finally:
+                self.optimizer._low_grads.pop(param, None)
         self.stepped.add(id(param))
         param.grad = None
 
@@ -94,11 +98,48 @@ class Cycle:
         if self._squares:
             self._last, self._squares = self.norm(), []
 
-    def hand_over(self) -> None:
-        """Leave what has come to the next `optimizer.step()`."""
-        self.optimizer._low_grads.update(self._sums)
+    def discard(self) -> None:
+        """Forget what has come, as where a batch is given up."""
         self._sums.clear()
         self._counts.clear()
+        self._squares.clear()
+        self.stepped.clear()
+
+    @torch.no_grad()
+    def close(self) -> None:
+        """End without a step: what was summed up in the subspace becomes gradients again, `R P^T`."""
+        for param, low in self._sums.items():
+            assert self._way is not None
+            whole = self._way.restore(param, low)
+            param.grad = whole if param.grad is None else param.grad.add_(whole)
+        self.discard()
+        self.optimizer.release = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has come in this cycle, by position of the parameter, and the norm of the last one."""
+        place = {param: i for i, param in enumerate(self._params())}
+        return {
+            "counts": {place[param]: count for param, count in self._counts.items()},
+            "sums": {place[param]: low.clone() for param, low in self._sums.items()},
+            "grads": {place[p]: p.grad.clone() for p in self._counts if p.grad is not None},
+            "last": self._last,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the cycle that `state_dict()` recorded."""
+        self.discard()
+        params = list(self._params())
+        self._counts = {params[i]: count for i, count in state_dict["counts"].items()}
+        self._sums = {params[i]: low.to(params[i].device, copy=True) for i, low in state_dict["sums"].items()}
+        for i, grad in state_dict["grads"].items():
+            params[i].grad = grad.to(params[i].device, copy=True)
+        self._last = state_dict["last"]
+        if self._way is not None:
+            self._way.begin()
+
+    def _params(self) -> Iterator[Tensor]:
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
 
     def norm(self) -> Tensor | None:
         """Norm of all gradients of this cycle, of the last one as long as there is none."""
@@ -117,5 +158,5 @@ class Cycle:
             known = norm
             if self.clip.by == "previous" and self._last is not None:
                 last = self._last.to(norm)
-                known = torch.where(last.isfinite(), last, norm)  # one bad step must not cost the next
+                known = torch.where(last.isfinite() & (last > 0), last, norm)  # one that says nothing
             grad.mul_((self.clip.max_norm / (known + 1e-6)).clamp(max=1.0).to(grad.dtype))

@@ -15,6 +15,7 @@ class Spec(NamedTuple):
         dtype: Its dtype.
         device: Its device.
         form: Name of the code of one that is coded.
+        meaning: What its numbers stand for beside their shape: a rule, a side, a kind of basis.
         axis: What its rows are, one of `sharding.AXES`: where they lie if the parameter is sharded.
     """
 
@@ -23,6 +24,7 @@ class Spec(NamedTuple):
     device: torch.device
     form: str | None = None
     axis: str = ""
+    meaning: str = ""
 
     @property
     def nbytes(self) -> int:

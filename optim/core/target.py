@@ -18,6 +18,10 @@ CORRECTION = "correction"
 """State of a compensated bf16 weight: what it lacks of a value of 24 or 32 bits."""
 
 
+TAG = 0x77
+"""Keeps random bits of weights apart from those of moments."""
+
+
 class Rounds(Protocol):
     """Options that say how weights are rounded."""
 
@@ -67,7 +71,7 @@ def writing(
     weight = param.detach().reshape(shape)
     correction = held[CORRECTION].view(shape) if CORRECTION in held else None
     mode = how.rounding if param.dtype == torch.bfloat16 else "nearest"  # wider weights are exact
-    seed = 0 if mode == "nearest" else random.mix(how.seed, position, int(held["step"]), 1)
+    seed = 0 if mode == "nearest" else random.mix(how.seed, position, int(held["step"]), TAG)
     row, col = (box.row, box.col) if box else (0, 0)
     yield Target(weight, mode, correction, seed, row, col)
     if weight.data_ptr() != param.data_ptr():
