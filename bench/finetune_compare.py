@@ -38,14 +38,14 @@ from .search import (
 
 GRIDS = {
     "adamw": "adamw lr=1e-4|3e-4|1e-3",
-    "random": "adamw init=random lr=3e-4|1e-3|3e-3",
     "galore": "galore rank=8 update_proj_gap=20 lr=1e-3|3e-3|1e-2",
     "fira": "fira rank=8 update_proj_gap=20 lr=1e-3|3e-3|1e-2",
     "frugal": "frugal rank=8 update_proj_gap=20 lr=3e-4|1e-3|3e-3",
     "adafactor": "adafactor lr=3e-3|1e-2|3e-2",
     "galoreplus": "galoreplus rank=8 update_proj_gap=20 lr=1e-3|3e-3|1e-2",
-    "onlinesubspacedescent": "onlinesubspacedescent rank=8 lr=3e-4|1e-3|3e-3",
-    "flora": "flora rank=8 update_proj_gap=20 lr=1e-3|3e-3|1e-2",
+    "onlinesubspacedescent": "onlinesubspacedescent rank=8 lr=1e-3|3e-3|1e-2",
+    "flora": "flora rank=8 update_proj_gap=20 lr=3e-3|1e-2|3e-2",
+    "random": "adamw init=random lr=3e-4|1e-3|3e-3",
 }
 """Entries of `--optimizers`; `random` is AdamW from random weights, which tells what pre-training is worth."""
 
