@@ -117,7 +117,7 @@ def test_the_formula_of_eight_bit_galore(rank: int, scales: int) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "is_coded"),
-    [((4095,), False), ((4096,), True), ((64, 64), True), ((1024, 15), False), ((1024, 16), True)],
+    [((4096,), False), ((63, 65), False), ((64, 64), True), ((1024, 15), False), ((1024, 16), True)],
 )
 def test_small_tensors_and_short_rows_stay_in_fp32(shape: tuple[int, ...], is_coded: bool) -> None:
     weight = nn.Parameter(randn(*shape))

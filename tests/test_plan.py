@@ -46,7 +46,7 @@ def formula(projected: list[tuple[int, int]], plain: list[tuple[int, ...]], rank
         found["scales"] += 8 * max(shape) * math.ceil(rank / 128)
     for shape in plain:
         rows, cols = shape if len(shape) == 2 else (1, shape[0])
-        coded = rows * cols >= 4096 and cols >= 16
+        coded = len(shape) == 2 and rows * cols >= 4096 and cols >= 16
         found["moments"] += (2 if coded else 8) * rows * cols
         found["scales"] += 8 * rows * math.ceil(cols / 128) if coded else 0
     return found
