@@ -65,6 +65,8 @@ class GaLore(SubspaceOptimizer):
         backend: "auto", or the only kernel backend to use.
         foreach: Form of torch's AdamW in plain groups; as in torch.optim.AdamW.
         fused: Form of torch's AdamW in plain groups; by default fused where the device has it.
+        replicas: Process group of DistributedDataParallel: every basis is found on one replica, in turns, and sent to
+            the others; without it each replica finds all of them by itself. Not saved.
         compat: "official" follows the authors' code: eps before bias correction, decay after the update, moments in
             the gradient's dtype and kept at a refresh, rank clipped to the matrix, LAPACK's SVD in fp32.
 

@@ -25,6 +25,7 @@ from lowmem.optim import (
     LowRank,
     OnlineSubspaceDescent,
 )
+from lowmem.optim.core import refresh
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -293,3 +294,37 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "_reduce_scatter", watch("reduce_scatter", layout._reduce_scatter, 1))
     monkeypatch.setattr(layout, "_all_gather", watch("all_gather", layout._all_gather, 0))
     monkeypatch.setattr(layout.dist, "all_reduce", watch("all_reduce", layout.dist.all_reduce, 0))
+
+
+@pytest.mark.parametrize("name", ["galore", "galore-svd", "galore-track", "fira", "frugal-svd", "online", "apollo"])
+@pytest.mark.parametrize("options", [{}, {"rank": 4, "proj_type": "full"}], ids=["one side", "both"])
+def test_replicas_share_the_search_for_bases(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each basis is found once, the same bits reach every replica, and the run is that of one process."""
+    if options and name != "galore":
+        pytest.skip("projected from both sides: GaLore")
+    shapes = [(24, 15), (24, 15), (13, 28)]
+    searches: list[int] = []
+    monkeypatch.setattr(refresh, "_find", lambda *args, run=refresh._find: searches.append(1) or run(*args))
+
+    def train(replicas: Any) -> list[Tensor]:
+        params = [nn.Parameter(randn(*shape, seed=i, dtype=torch.float64)) for i, shape in enumerate(shapes)]
+        optimizer = OPTIMIZERS[name](params)
+        for key, value in options.items():
+            optimizer.param_groups[0][key] = value
+        optimizer.replicas = replicas
+        for step in range(STEPS):
+            for param in params:
+                param.grad = gradients(tuple(param.shape))[step].clone()
+            optimizer.step()
+        return [param.detach() for param in params]
+
+    alone = train(None)
+    once = len(searches)
+    found = in_world(3, lambda: train(dist.group.WORLD))
+    for replica in found:
+        assert all(torch.equal(one, other) for one, other in zip(replica, found[0], strict=True))
+        for one, other in zip(replica, alone, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    assert len(searches) - once == (3 * once if name == "apollo" else once)

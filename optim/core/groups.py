@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from .summary import Summary, summarise
 from .validate import check_subspace
 from .view import MatrixView, matrix_shape
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class Groups(Optimizer):
     """Parameter groups whose options are validated, and the state of their parameters, described before it exists.
@@ -42,6 +45,9 @@ class Groups(Optimizer):
 
     shards: bool = False
     """Parameters may be sharded over devices."""
+
+    replicas: ProcessGroup | None = None
+    """Processes that hold the same parameters, as under DistributedDataParallel, and share the search for bases."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         # A bare tensor is torch's error to raise, not a list of its rows.
@@ -77,7 +83,7 @@ class Groups(Optimizer):
             if isinstance(held.get("step"), int | float):
                 held["step"] = torch.tensor(float(held["step"]), dtype=torch.float32)
         if self.state:  # of a copy: it was written under the options that the groups have now
-            self._settled = self._described(make_plans(self.param_groups, self._view))
+            self._settled = self._described(make_plans(self.param_groups, self._view, self.replicas))
 
     def _validate(self, group: dict[str, Any]) -> None:
         """Check the options of a complete group; optimizers with other options override this."""
@@ -136,7 +142,7 @@ class Groups(Optimizer):
                 self._validate(group)
                 for param in group["params"]:
                     self._admit(param, group)
-            plans = make_plans(self.param_groups, self._view)
+            plans = make_plans(self.param_groups, self._view, self.replicas)
             for plan in plans:
                 self._check_layout(plan)
             described = self._described(plans)
@@ -227,7 +233,7 @@ class Groups(Optimizer):
         order = [(key, group) for group in loaded["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         self._plans_key = None
-        described = self._settled = self._described(make_plans(self.param_groups, self._view))
+        described = self._settled = self._described(make_plans(self.param_groups, self._view, self.replicas))
         for position, ((key, group), param) in enumerate(zip(order, params, strict=True)):
             saved = loaded["state"].get(key)
             if saved:

@@ -40,6 +40,7 @@ class Layout:
         box: This rank's piece of the weight; None for a plain tensor.
         sharding: Placements of the parameter; None for a plain tensor.
         transposed: It is projected from the left, A = W^T.
+        replicas: Group of processes that hold the same plain tensors, and share the search for bases.
     """
 
     rows: tuple[ProcessGroup, ...] = ()
@@ -47,13 +48,14 @@ class Layout:
     box: Box | None = None
     sharding: Sharding | None = None
     transposed: bool = False
+    replicas: ProcessGroup | None = None
 
     @classmethod
-    def of(cls, param: Tensor, *, transposed: bool = False) -> Layout:
+    def of(cls, param: Tensor, *, transposed: bool = False, replicas: ProcessGroup | None = None) -> Layout:
         """Derive the layout of a parameter that is projected from the right, or from the left (transposed)."""
         sharding = Sharding.of(param)
         if sharding is None:
-            return cls()
+            return cls(replicas=replicas)
         first, second = sharding.groups(0), sharding.groups(1)
         rows, cols = (second, first) if transposed else (first, second)
         return cls(rows, cols, sharding.box(), sharding, transposed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .lifecycle import Lifecycle
 from .spec import Spec
 from .summary import Summary
 from .view import MatrixView
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class SubspaceOptimizer(Lifecycle):
@@ -53,7 +56,9 @@ class SubspaceOptimizer(Lifecycle):
         foreach: bool | None = None,
         fused: bool | None = None,
         compat: str | None = None,
+        replicas: ProcessGroup | None = None,
     ) -> None:
+        self.replicas = replicas
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule}
         subspace = {"rank": rank, "scale": scale, "proj_type": proj_type, "carry": carry}
         subspace |= {"energy": energy, "budget": budget, "weight_norm": weight_norm}

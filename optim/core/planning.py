@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -12,22 +12,26 @@ from .bucket import Plan
 from .layout import Layout
 from .view import MatrixView
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 See = Callable[[Tensor, dict[str, Any]], MatrixView | None]
 
 
-def make_plans(groups: Sequence[dict[str, Any]], see: See) -> list[Plan]:
+def make_plans(groups: Sequence[dict[str, Any]], see: See, replicas: ProcessGroup | None = None) -> list[Plan]:
     """Sort the parameters of all groups into buckets of equal view, dtype, device and layout.
 
     Args:
         groups: Parameter groups.
         see: Tells how a parameter of a group is projected, None for a plain one.
+        replicas: Processes that hold the same parameters.
     """
     sorted_out: dict[tuple[Any, ...], Plan] = {}
     position = 0
     for index, group in enumerate(groups):
         for param in group["params"]:
             view = see(param, group)
-            layout = Layout.of(param, transposed=view is not None and view.transposed)
+            layout = Layout.of(param, transposed=view is not None and view.transposed, replicas=replicas)
             key = (index, view, param.dtype, param.device, layout)
             plan = sorted_out.setdefault(key, Plan(index, view, layout, [], [], []))
             plan.params.append(param)

@@ -84,12 +84,14 @@ class Projector(NamedTuple):
         side: The side that it projects whatever the group's `proj_type` says: "left", "right" or "flat" (the entries
             of the whole matrix); None leaves the choice to the group.
         follows: After its first basis it moves at the end of a step, from A and R, instead of being found anew.
+        searches: Finding a basis is work that replicas may share; others follow from the seed.
     """
 
     find: Callable[[Request], Bases]
     basis: Basis = DENSE
     side: str | None = None
     follows: bool = False
+    searches: bool = False
 
 
 def sketch(request: Request) -> Bases:
@@ -177,10 +179,10 @@ def _bases(request: Request, basis: Tensor, image: Tensor) -> Bases:
 
 
 PROJECTORS: dict[str, Projector] = {
-    "sketch": Projector(sketch),
-    "svd": Projector(svd),
-    "track": Projector(sketch, follows=True),
-    "descend": Projector(first_of_descent, DESCENDING, follows=True),
+    "sketch": Projector(sketch, searches=True),
+    "svd": Projector(svd, searches=True),
+    "track": Projector(sketch, follows=True, searches=True),
+    "descend": Projector(first_of_descent, DESCENDING, follows=True, searches=True),
     "random": Projector(anything(DENSE)),
     "gaussian": Projector(anything(GAUSSIAN), GAUSSIAN),
     "cross_head": Projector(partial(cross_head, sketch), DENSE, "right"),

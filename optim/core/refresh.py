@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels import random
@@ -26,6 +27,7 @@ def refresh(b: Bucket) -> None:
     A gradient that is zero or not finite says nothing about the subspace: the old basis stays (an arbitrary one is
     made if there is none), `skipped_refreshes` counts it, and the refresh is tried again in the next step.
     """
+    due = []
     for index, held in enumerate(b.states):
         if held["until_refresh"].item() > 0 or b.ready[index] is not None:
             continue  # not due, or no full gradient to learn from
@@ -33,9 +35,28 @@ def refresh(b: Bucket) -> None:
             continue
         scale = b.layout.max_all(_largest(b.grads[index]).to(b.dtype))  # max|A|
         if scale.isfinite() and scale >= torch.finfo(b.dtype).tiny:
-            _find(b, index, scale)
+            due.append((index, scale))
         else:
             _skip(b, index)
+    if b.layout.replicas is not None and b.hyper.chooses.searches:
+        _deal(b, due)
+        return
+    for index, scale in due:
+        _take(b, index, _find(b, index, scale))
+
+
+def _deal(b: Bucket, due: list[tuple[int, Tensor]]) -> None:
+    """Find every basis on one of the replicas, in turns, and send it to the others: the same bits everywhere."""
+    group = b.layout.replicas
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    found = {index: _find(b, index, scale) for turn, (index, scale) in enumerate(due) if turn % world == rank}
+    for turn, (index, scale) in enumerate(due):
+        shapes = b.view.basis_shapes.values()
+        bases = found.get(index) or Bases(*(scale.new_empty(shape) for shape in shapes))
+        sent = [part.to(scale.dtype).contiguous() for part in bases[:2] if part is not None]
+        for part in sent:
+            dist.broadcast(part, group=group, group_src=turn % world)
+        _take(b, index, Bases(*sent))
 
 
 def _largest(grad: Tensor) -> Tensor:
@@ -63,7 +84,7 @@ def follow(b: Bucket, low: Tensor) -> None:
             _track(b, index, low[index])
 
 
-def _find(b: Bucket, index: int, scale: Tensor) -> None:
+def _find(b: Bucket, index: int, scale: Tensor) -> Bases:
     held, hyper = b.states[index], b.hyper
     done = int(held["refreshes"])
     request = Request(
@@ -78,8 +99,13 @@ def _find(b: Bucket, index: int, scale: Tensor) -> None:
         done=done,
     )
     find = official_svd if hyper.official and hyper.projector == "svd" else hyper.chooses.find
-    bases = find(request)
+    return find(request)
+
+
+def _take(b: Bucket, index: int, bases: Bases) -> None:
+    """Take a basis over that was found in this step."""
     _adopt(b, index, bases)
+    hyper = b.hyper
     known = hyper.basis_dtype is None and not b.layout.cols  # rounding turns the basis; sums over columns come later
     b.projected[index] = bases.image if known else None
     b.fresh[index] = True
