@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ...kernels.rounding import CORRECTIONS
+from .layout import ALONE, Layout
 from .projector import PROJECTORS
+from .sharding import is_dtensor
 from .spec import Spec
 from .state import zeros
 from .target import CORRECTION
@@ -71,7 +73,11 @@ def _check_basis(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
 
 
 def restore(
-    saved: Mapping[str, Tensor | float], described: Mapping[str, Spec], label: str, reader: str
+    saved: Mapping[str, Tensor | float],
+    described: Mapping[str, Spec],
+    label: str,
+    reader: str,
+    layout: Layout = ALONE,
 ) -> dict[str, Tensor]:
     """Bring loaded state to our dtypes and devices, in tensors of its own.
 
@@ -80,9 +86,10 @@ def restore(
         described: What it should be.
         label: The parameter, for messages.
         reader: The optimizer, for messages.
+        layout: Of the parameter: whole state is cut to its pieces.
 
     Raises:
-        ValueError: Names or shapes are those of another method, rule or rank.
+        ValueError: Names or shapes are those of another method, rule or rank, or sharded state meets a plain parameter.
     """
     fresh = {CORRECTION} & described.keys() - saved.keys()  # of a checkpoint from before there was one: nothing to add
     if saved.keys() | fresh != described.keys():
@@ -93,7 +100,7 @@ def restore(
     loaded: dict[str, Tensor] = {}
     for name, spec in described.items():
         if name in fresh:
-            loaded |= zeros({name: spec})
+            loaded |= zeros({name: spec}, layout)
             continue
         if not isinstance(saved[name], Tensor | float | int):
             raise ValueError(
@@ -105,8 +112,21 @@ def restore(
                 f"the loaded {name!r} of {label} has shape {tuple(value.shape)}, {reader} needs {spec.shape}: "
                 "construct it with the options of the checkpoint"
             )
-        loaded[name] = value.detach().to(device=spec.device, dtype=spec.dtype, copy=True)
+        placed = _placed(value.detach(), name, spec, layout, label)
+        loaded[name] = placed.to(device=spec.device, dtype=spec.dtype, copy=True)
     return loaded
+
+
+def _placed(value: Tensor, name: str, spec: Spec, layout: Layout, label: str) -> Tensor:
+    if layout.sharding is not None and spec.shape:
+        return layout.sharding.adopt(value, layout.place(spec.axis))
+    if is_dtensor(value):
+        raise ValueError(
+            f"the loaded {name!r} of {label} is sharded (DTensor), the parameter is not: gather it, "
+            "get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True)), and "
+            "load it by set_optimizer_state_dict(model, optimizer, state_dict)"
+        )
+    return value
 
 
 def load_keeping(

@@ -233,13 +233,16 @@ class Groups(Optimizer):
         order = [(key, group) for group in loaded["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         self._plans_key = None
-        described = self._settled = self._described(make_plans(self.param_groups, self._view, self.replicas))
+        plans = make_plans(self.param_groups, self._view, self.replicas)
+        described = self._settled = self._described(plans)
+        layouts = {param: plan.layout for plan in plans for param in plan.params}
         for position, ((key, group), param) in enumerate(zip(order, params, strict=True)):
             saved = loaded["state"].get(key)
             if saved:
                 foreign = sorted(group.keys() - self.defaults.keys() - {"params", "param_names"})
                 label = f"parameter {position} {tuple(param.shape)}{f', saved with {foreign},' if foreign else ''}"
-                self.state[param] = restore(saved, described[param], label, f"this {type(self).__name__}")
+                reader = f"this {type(self).__name__}"
+                self.state[param] = restore(saved, described[param], label, reader, layouts[param])
 
     def summary(self) -> Summary:
         """Tell what was matched: one row a bucket with shape, count, side, rank and bytes of state.

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-AXES = ("param", "m", "n", "kept", "basis", "")
+AXES = ("param", "m", "n", "kept", "basis", "projected", "")
 """What the rows of a state are: `param` all dimensions of the parameter, `m` and `n` its rows and columns as a matrix,
-`kept` the rows of R, `basis` the rows of P, and nothing of it where every rank has all."""
+`kept` the rows of R, `basis` the rows of P, which may be spread, `projected` what has those rows and is not, and nothing
+of it where every rank has all."""
 
 
 class Box(NamedTuple):
@@ -79,26 +80,26 @@ class Sharding:
             return Box(0, offset[0] if offset else 0, 1, local[0] if local else 1)
         return Box(offset[0], offset[1] * rest, local[0], local[1] * rest)
 
-    def place(self, axis: str, *, transposed: bool = False, dealt: bool = False) -> tuple[Placement, ...]:
+    def place(self, axis: str, *, transposed: bool = False, everywhere: bool = False) -> tuple[Placement, ...]:
         """Placements of a state whose rows are one of `AXES`.
 
         Args:
             axis: Which.
             transposed: The parameter is projected from the left, so that its columns are the kept side.
-            dealt: Rows of R are dealt out over the mesh dimension that shards the projected side.
+            everywhere: Its rows are dealt out over whatever mesh dimension shards the parameter.
         """
         if axis == "param":
             return self.placements
         kept = 1 if transposed else 0
-        dim = {"m": 0, "n": 1, "kept": kept, "basis": 1 - kept}.get(axis)
-        return tuple(self._follow(placement, dim, dealt and axis == "kept") for placement in self.placements)
+        dim = {"m": 0, "n": 1, "kept": kept, "basis": 1 - kept, "projected": 1 - kept}.get(axis)
+        return tuple(self._follow(placement, dim, everywhere) for placement in self.placements)
 
     @staticmethod
-    def _follow(placement: Placement, dim: int | None, dealt: bool) -> Placement:
+    def _follow(placement: Placement, dim: int | None, everywhere: bool) -> Placement:
         from torch.distributed.tensor import Replicate, Shard
 
         own = shard_dim(placement)
-        if own is None or (own != dim and not dealt):
+        if own is None or (own != dim and not everywhere):
             return Replicate()
         if isinstance(placement, Shard) or own != dim:
             return Shard(0)
@@ -120,6 +121,18 @@ class Sharding:
         local, _ = compute_local_shape_and_global_offset(shape, self.mesh, placements)
         device = torch.device(self.mesh.device_type)
         return self.wrap(torch.zeros(local, dtype=dtype, device=device), shape, placements)
+
+    def adopt(self, value: Tensor, placements: tuple[Placement, ...]) -> DTensor:
+        """Place a whole tensor, of which this rank keeps its piece, or one that lies elsewhere: that is gathered."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        if is_dtensor(value):
+            if value.device_mesh == self.mesh and tuple(value.placements) == placements:
+                return value
+            value = value.full_tensor()
+        local, offset = compute_local_shape_and_global_offset(value.shape, self.mesh, placements)
+        piece = value[tuple(slice(first, first + size) for first, size in zip(offset, local, strict=True))]
+        return self.wrap(piece.to(self.mesh.device_type), tuple(value.shape), placements)
 
 
 def shard_dim(placement: Placement) -> int | None:
