@@ -57,6 +57,8 @@ class GaLore(SubspaceOptimizer):
         gemm_dtype: Dtype of the projections' operands; "auto" is the gradient's.
         basis_dtype: None keeps a basis in the weight's dtype, "int8" and "int4" in that many bits, columns of unit
             length but only nearly orthogonal.
+        shard_basis: Keep a share of the rows of every basis where parameters are sharded along the kept side, and
+            gather it for a step; None does so in more than 8 ranks, where whole bases would outweigh the moments.
         rounding: How bf16 weights are written: "nearest", "stochastic" (unbiased, without state), "compensated" (the
             fp32 weight, of which 16 bits are kept in state) or "compensated8" (24 bits of it, one byte of state).
         stagger: Spread the refreshes of the matrices over the interval, so that no step stalls.

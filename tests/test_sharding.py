@@ -328,3 +328,38 @@ def test_replicas_share_the_search_for_bases(
         for one, other in zip(replica, alone, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
     assert len(searches) - once == (3 * once if name == "apollo" else once)
+
+
+@pytest.mark.parametrize("name", ["galore", "galore-svd", "galore-track", "fira", "frugal-svd", "apollo"])
+@pytest.mark.parametrize("basis_dtype", [None, "int8"])
+def test_bases_are_spread_over_many_ranks_and_whole_in_a_step(name: str, basis_dtype: str | None) -> None:
+    """`shard_basis`: a rank keeps its share of the rows of P, and the trajectory is that of whole bases."""
+    if basis_dtype and name not in ("galore", "galore-svd"):
+        pytest.skip("bits of a basis: GaLore")
+
+    def build(params: Any, spread: bool | None) -> torch.optim.Optimizer:
+        optimizer = OPTIMIZERS[name](params)
+        optimizer.param_groups[0].update(shard_basis=spread, basis_dtype=basis_dtype)
+        return optimizer
+
+    shape = SHAPES["tall"]
+    dense = run(lambda p: build(p, None), shape, torch.clone)
+
+    def body() -> float:
+        weight, _, optimizer = run(lambda p: build(p, True), shape, placed(4, 0))
+        basis = next(held["basis"] for held in optimizer.state.values() if "basis" in held)
+        assert tuple(basis.shape)[1] == RANK
+        assert basis.to_local().shape[0] == max(0, min(4, 15 - 4 * dist.get_rank()))
+        return float((weight.full_tensor() - dense[0]).abs().max())
+
+    assert max(in_world(4, body)) < (1e-9 if basis_dtype is None else 1e-2)
+
+
+@pytest.mark.parametrize(("size", "spread"), [(8, False), (9, True)])
+def test_bases_are_spread_above_eight_ranks(size: int, spread: bool) -> None:
+    def body() -> bool:
+        _, _, optimizer = run(OPTIMIZERS["galore"], SHAPES["tall"], placed(size, 0))
+        basis = next(held["basis"] for held in optimizer.state.values() if "basis" in held)
+        return basis.placements[0] == Shard(0)
+
+    assert set(in_world(size, body)) == {spread}

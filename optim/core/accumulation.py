@@ -17,6 +17,7 @@ from .lifecycle import Lifecycle
 from .projector import PROJECTORS
 from .seeded import SeededBasis
 from .sharding import local
+from .spread import whole_bases
 from .view import MatrixView, matrix_shape
 
 TAG = 0xACC
@@ -66,23 +67,26 @@ class Own:
         held, grad = self.optimizer.state.get(param), param.grad
         if grad is None or not held or param not in self._places or float(held["until_refresh"]) <= 0:
             return None
-        plan, hyper = self._places[param]
-        piece = plan.layout.piece(grad), self.optimizer._piece(param, held, plan.layout)
-        b = Bucket(plan, hyper, [local(param)], [piece[0]], [piece[1]], [position], [0], [None], [None], [False])
-        low = torch.empty(b.view.low_shape, dtype=b.dtype, device=piece[0].device)
-        b.basis.project(b.matrix(0), piece[1], b.gemm_dtype, low, b.mine)  # summed over pieces with the step
+        b = self._bucket(param, grad)
+        low = torch.empty(b.view.low_shape, dtype=b.dtype, device=b.grads[0].device)
+        with whole_bases(b):
+            b.basis.project(b.matrix(0), b.states[0], b.gemm_dtype, low, b.mine)  # summed over pieces with the step
         return low
 
     def restore(self, param: Tensor, low: Tensor) -> Tensor:
         """`R P^T` as a gradient, whose projection is R again."""
-        plan, hyper = self._places[param]
-        piece = self.optimizer._piece(param, self.optimizer.state[param], plan.layout)
         whole = torch.zeros_like(param)
-        view = plan.layout.local(plan.view) if plan.view is not None else None
-        assert view is not None
-        step = Step(Move(1.0, 1.0, low.dtype), view.transposed, hyper.backend)
-        hyper.basis.project_back_(Target(local(whole).view(view.m, view.n)), low, piece, step)
+        b = self._bucket(param, whole)
+        step = Step(Move(1.0, 1.0, low.dtype), b.view.transposed, b.hyper.backend, b.mine)
+        with whole_bases(b):
+            b.basis.project_back_(Target(b.natural(0)), low, b.states[0], step)
         return whole
+
+    def _bucket(self, param: Tensor, grad: Tensor) -> Bucket:
+        """The bucket of one parameter and a gradient."""
+        plan, hyper = self._places[param]
+        held = self.optimizer._piece(param, self.optimizer.state[param], plan.layout)
+        return Bucket(plan, hyper, [local(param)], [plan.layout.piece(grad)], [held], [0], [0], [None], [None], [False])
 
     def deliver(self, position: int, param: Tensor, low: Tensor, cycle: int) -> None:
         """Put R in the place of a gradient."""

@@ -107,10 +107,10 @@ class Descending(Dense):
         """`b r` elements of P, and the state of its rule."""
         work, shape, own = codec.work_dtype(param.dtype), view.basis_shapes["basis"], Descent.of(hyper).hyper
         moments = {
-            PREFIX + name: Spec(size, work, param.device, axis="" if name.endswith("_col") else "basis")
+            PREFIX + name: Spec(size, work, param.device, axis="" if name.endswith("_col") else "projected")
             for name, size in RULES[own.rule].buffers(shape, own).items()
         }
-        return {"basis": Spec(shape, work, param.device, axis="basis"), f"{PREFIX}step": counter(), **moments}
+        return {"basis": Spec(shape, work, param.device, axis="projected"), f"{PREFIX}step": counter(), **moments}
 
 
 DESCENDING = Descending()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .sharding import Box, Sharding, is_dtensor, shard_dim
-from .view import MatrixView
+from .view import MatrixView, matrix_shape
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 """Their names since torch 2.13."""
+
+
+MANY = 8
+"""Ranks above which bases are spread unless the group says otherwise: replicated they outweigh the moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Layout:
         sharding: Placements of the parameter; None for a plain tensor.
         transposed: It is projected from the left, A = W^T.
         replicas: Group of processes that hold the same plain tensors, and share the search for bases.
+        spread: Rows of the basis are spread over the group that shards the kept side, and gathered for a step.
     """
 
     rows: tuple[ProcessGroup, ...] = ()
@@ -49,22 +54,33 @@ class Layout:
     sharding: Sharding | None = None
     transposed: bool = False
     replicas: ProcessGroup | None = None
+    spread: bool = False
 
     @classmethod
-    def of(cls, param: Tensor, *, transposed: bool = False, replicas: ProcessGroup | None = None) -> Layout:
+    def of(
+        cls,
+        param: Tensor,
+        *,
+        transposed: bool = False,
+        replicas: ProcessGroup | None = None,
+        spread: bool | None = None,
+    ) -> Layout:
         """Derive the layout of a parameter that is projected from the right, or from the left (transposed)."""
         sharding = Sharding.of(param)
         if sharding is None:
             return cls(replicas=replicas)
         first, second = sharding.groups(0), sharding.groups(1)
         rows, cols = (second, first) if transposed else (first, second)
-        return cls(rows, cols, sharding.box(), sharding, transposed)
+        alone = len(rows) == 1 and not cols
+        wide = alone and (dist.get_world_size(rows[0]) > MANY if spread is None else spread)
+        return cls(rows, cols, sharding.box(), sharding, transposed, spread=wide)
 
     def place(self, axis: str) -> tuple[Placement, ...]:
         """Placements of a state whose rows are one of `sharding.AXES`."""
         if self.sharding is None:
             raise TypeError("a plain parameter has no placements")
-        return self.sharding.place(axis, transposed=self.transposed, dealt=self.dealt)
+        everywhere = {"basis": self.spread, "kept": self.dealt}.get(axis, False)
+        return self.sharding.place(axis, transposed=self.transposed, everywhere=everywhere)
 
     def piece(self, grad: Tensor) -> Tensor:
         """This rank's piece of a gradient, placed as its parameter."""
@@ -112,7 +128,7 @@ class Layout:
     def _size(self, dim: int) -> int:
         """Length of a side of the whole weight, of its rows (0) or columns (1)."""
         shape = () if self.sharding is None else self.sharding.shape
-        return shape[dim] if len(shape) == 2 else 1
+        return matrix_shape(shape)[dim] if len(shape) >= 2 else 1
 
     @property
     def numel(self) -> int | None:
@@ -185,21 +201,36 @@ class Layout:
 
     def gather(self, low: Tensor, rows: int) -> Tensor:
         """All rows (k, a, r) of what `reduce` has dealt out, `rows` being a; what was not dealt out as it is."""
-        if not self.dealt:
-            return low
-        group = self.cols[0]
-        world, (k, _, r) = dist.get_world_size(group), low.shape
-        each = -(-rows // world)
-        padded = torch.nn.functional.pad(low, (0, 0, 0, each - low.shape[1])).contiguous()
-        parts = torch.empty((world * k, each, r), dtype=low.dtype, device=low.device)
-        _all_gather(parts, padded, group=group)
-        return parts.view(world, k, each, r).transpose(0, 1).reshape(k, world * each, r)[:, :rows].contiguous()
+        return _gather(low, rows, self.cols[0]) if self.dealt else low
 
     def own(self, rows: int) -> int:
-        """Rows of R that this rank keeps, as `torch.chunk` would deal them."""
-        group = self.cols[0]
-        each, rank = -(-rows // dist.get_world_size(group)), dist.get_rank(group)
-        return max(0, min(each, rows - rank * each))
+        """Rows of R that this rank keeps where they are dealt out."""
+        mine = _share(rows, self.cols[0])
+        return len(range(mine.start, mine.stop))
+
+    def gather_bases(self, parts: Tensor, rows: int) -> Tensor:
+        """Whole bases (k, b, r) of which this rank keeps a share of the rows, `rows` being b."""
+        return _gather(parts, rows, self.rows[0])
+
+    def own_basis(self, rows: int) -> slice:
+        """Which rows of a basis that is spread are this rank's."""
+        return _share(rows, self.rows[0])
+
+
+def _gather(low: Tensor, rows: int, group: ProcessGroup) -> Tensor:
+    """All rows (k, rows, r) of what is dealt out over a group as `torch.chunk` would."""
+    world, (k, _, r) = dist.get_world_size(group), low.shape
+    each = -(-rows // world)
+    padded = torch.nn.functional.pad(low, (0, 0, 0, each - low.shape[1])).contiguous()
+    parts = torch.empty((world * k, each, r), dtype=low.dtype, device=low.device)
+    _all_gather(parts, padded, group=group)
+    return parts.view(world, k, each, r).transpose(0, 1).reshape(k, world * each, r)[:, :rows].contiguous()
+
+
+def _share(rows: int, group: ProcessGroup) -> slice:
+    """This rank's share of rows, as `torch.chunk` would deal them."""
+    each, rank = -(-rows // dist.get_world_size(group)), dist.get_rank(group)
+    return slice(min(rows, rank * each), min(rows, (rank + 1) * each))
 
 
 def _reduce(tensor: Tensor, groups: tuple[ProcessGroup, ...], op: dist.ReduceOp.RedOpType) -> Tensor:

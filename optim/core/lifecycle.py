@@ -15,6 +15,7 @@ from .groups import Groups, seen
 from .layout import Layout
 from .plain import plain_
 from .sharding import local
+from .spread import whole_bases
 
 
 class Release(Protocol):
@@ -99,7 +100,8 @@ class Lifecycle(Groups):
     def _step_plan(self, plan: Plan, hyper: Any) -> None:
         bucket = self._bucket(plan, hyper)
         if bucket.params:
-            (self.plain if plan.view is None else self._project)(bucket)
+            with whole_bases(bucket):
+                (self.plain if plan.view is None else self._project)(bucket)
 
     @_disable_dynamo
     @torch.no_grad()

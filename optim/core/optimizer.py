@@ -42,6 +42,7 @@ class SubspaceOptimizer(Lifecycle):
         state_dtype: str | torch.dtype | None = None,
         gemm_dtype: str | torch.dtype = "auto",
         basis_dtype: str | torch.dtype | None = None,
+        shard_basis: bool | None = None,
         rounding: str = "nearest",
         num_heads: int | Sequence[tuple[int, int | None]] | None = None,
         head_select: str = "random",
@@ -64,8 +65,13 @@ class SubspaceOptimizer(Lifecycle):
         subspace |= {"energy": energy, "budget": budget, "weight_norm": weight_norm}
         schedule = {"update_proj_gap": update_proj_gap, "stagger": stagger, "lazy": lazy}
         search = {"projector": projector, "seed": seed, "num_heads": num_heads, "head_select": head_select}
-        numerics = {"state_dtype": state_dtype, "gemm_dtype": gemm_dtype, "rounding": rounding, "backend": backend}
-        numerics |= {"basis_dtype": basis_dtype}
+        numerics: dict[str, Any] = {
+            "state_dtype": state_dtype,
+            "gemm_dtype": gemm_dtype,
+            "rounding": rounding,
+            "backend": backend,
+        }
+        numerics |= {"basis_dtype": basis_dtype, "shard_basis": shard_basis}
         torch_form = {"maximize": maximize, "foreach": foreach, "fused": fused}
         super().__init__(params, adam | subspace | schedule | search | numerics | torch_form | {"compat": compat})
         if (energy is not None or budget is not None) and not any(group["rank"] == AUTO for group in self.param_groups):
@@ -119,7 +125,7 @@ class SubspaceOptimizer(Lifecycle):
         return super()._view(param, {**group, "rank": rank}) if rank else None
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return (*super()._structure(group), group["weight_norm"], tuple(group.get("ranks") or ()))
+        return (*super()._structure(group), group["weight_norm"], group["shard_basis"], tuple(group.get("ranks") or ()))
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         described = super()._specs(param, view, group)

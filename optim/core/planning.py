@@ -31,7 +31,8 @@ def make_plans(groups: Sequence[dict[str, Any]], see: See, replicas: ProcessGrou
     for index, group in enumerate(groups):
         for param in group["params"]:
             view = see(param, group)
-            layout = Layout.of(param, transposed=view is not None and view.transposed, replicas=replicas)
+            turned = view is not None and view.transposed
+            layout = Layout.of(param, transposed=turned, replicas=replicas, spread=group.get("shard_basis"))
             key = (index, view, param.dtype, param.device, layout)
             plan = sorted_out.setdefault(key, Plan(index, view, layout, [], [], []))
             plan.params.append(param)

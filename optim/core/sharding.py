@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 AXES = ("param", "m", "n", "kept", "basis", "projected", "")
 """What the rows of a state are: `param` all dimensions of the parameter, `m` and `n` its rows and columns as a matrix,
-`kept` the rows of R, `basis` the rows of P, which may be spread, `projected` what has those rows and is not, and nothing
-of it where every rank has all."""
+`kept` the rows of R, `basis` the rows of P, which may be spread, `projected` what has those rows and is not, and
+nothing of it where every rank has all."""
 
 
 class Box(NamedTuple):
