@@ -73,6 +73,12 @@ class Own:
             b.basis.project(b.matrix(0), b.states[0], b.gemm_dtype, low, b.mine)  # summed over pieces with the step
         return low
 
+    def norm(self, param: Tensor, low: Tensor) -> Tensor:
+        """Norm of R, of all of it where the parameter is sharded."""
+        layout = self._places[param][0].layout
+        norm: Tensor = torch.linalg.vector_norm(layout.reduce(low[None]))
+        return norm if layout.alone else layout.sum_low(norm.square()).sqrt()
+
     def restore(self, param: Tensor, low: Tensor) -> Tensor:
         """`R P^T` as a gradient, whose projection is R again."""
         whole = torch.zeros_like(param)

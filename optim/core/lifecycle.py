@@ -172,7 +172,7 @@ class Lifecycle(Groups):
             ready = self._low_grads.get(param)
             grad = param.grad if ready is None else ready
             if grad is None:
-                if plan.layout.alone or not param.requires_grad:
+                if plan.layout.alone or not param.requires_grad or self.release is not None:  # stepped already
                     continue
                 grad = torch.zeros_like(param)  # collectives must be those of the other ranks
             if grad.is_sparse:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .accumulation import Own
 from .lifecycle import Lifecycle
+from .sharding import is_dtensor, local
 from .validate import check_choices
 
 CLIPPING = ("previous", "matrix")
@@ -80,7 +81,7 @@ class Cycle:
         low = self._sums.pop(param, None)
         grad = param.grad if low is None else low
         if grad is not None:
-            self._clip_(grad)
+            self._clip_(grad, self._norm(param, grad, low))
             if low is not None:
                 self.optimizer._low_grads[param] = low
             try:
@@ -148,15 +149,23 @@ class Cycle:
         device = self._squares[0].device
         return torch.stack([square.to(device) for square in self._squares]).sum().sqrt()
 
-    def _clip_(self, grad: Tensor) -> None:
-        """Note the norm of a gradient and scale it, without a synchronisation."""
+    def _norm(self, param: Tensor, grad: Tensor, low: Tensor | None) -> Tensor | None:
+        """Norm of a gradient or of R, of the whole of them where they are sharded."""
         if grad.is_sparse:
-            return  # the optimizer's error to raise
-        norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+            return None  # the optimizer's error to raise
+        if low is not None and self._way is not None:
+            return self._way.norm(param, low)
+        norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+        return norm.full_tensor() if is_dtensor(norm) else norm
+
+    def _clip_(self, grad: Tensor, norm: Tensor | None) -> None:
+        """Note the norm of a gradient and scale it, without a synchronisation."""
+        if norm is None:
+            return
         self._squares.append(norm.square())
         if self.clip.max_norm is not None:
             known = norm
             if self.clip.by == "previous" and self._last is not None:
                 last = self._last.to(norm)
                 known = torch.where(last.isfinite() & (last > 0), last, norm)  # one that says nothing
-            grad.mul_((self.clip.max_norm / (known + 1e-6)).clamp(max=1.0).to(grad.dtype))
+            local(grad).mul_((self.clip.max_norm / (known + 1e-6)).clamp(max=1.0).to(grad.dtype))

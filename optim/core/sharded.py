@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .codec import form_of
 from .layout import Layout
 from .projector import PROJECTORS
 from .view import MatrixView
@@ -22,9 +23,21 @@ def check_sharded(param: Tensor, group: Mapping[str, Any], view: MatrixView | No
     """
     if layout.alone:
         return
-    reason = _plain(group) if view is None else _projected(group, view, layout)
+    whole = view is None or view.rank in (0, view.b)  # entry by entry
+    reason = _cut(param, group, layout) if whole else None
+    reason = reason or (_plain(group) if view is None else _projected(group, view, layout))
     if reason:
         raise NotImplementedError(f"got a sharded {tuple(param.shape)} parameter, and {reason}")
+
+
+def _cut(param: Tensor, group: Mapping[str, Any], layout: Layout) -> str | None:
+    name = str(group.get("state_dtype"))
+    if not layout.natural.cols or form_of("exp_avg", param.shape, name) is None:
+        return None
+    return (
+        f"state_dtype={name!r} has blocks along its rows, which are cut: put it into a group with "
+        "'state_dtype': 'bfloat16', or shard rows, fully_shard(model, shard_placement_fn=lambda p: Shard(0))"
+    )
 
 
 def _plain(group: Mapping[str, Any]) -> str | None:

@@ -49,8 +49,13 @@ class Sharding:
 
         Raises:
             NotImplementedError: A weight of more than two dimensions is sharded in its third or a later one, or a
-                placement is neither a shard nor a replica.
+                placement is neither a shard nor a replica; or it belongs to FSDP1, which flattens matrices.
         """
+        if getattr(param, "_is_flat_param", False) or getattr(param, "_fsdp_flattened", False):
+            raise NotImplementedError(
+                f"got a {tuple(param.shape)} parameter of FullyShardedDataParallel, which cuts matrices into flat "
+                "pieces: shard with torch.distributed.fsdp.fully_shard(model)"
+            )
         if not is_dtensor(param):
             return None
         for placement in param.placements:
