@@ -31,6 +31,15 @@ GridRank = Annotated[int | None, typer.Option(min=1, help="Rank in --optimizers.
 GridGap = Annotated[int | None, typer.Option(min=1, help="update_proj_gap in --optimizers.", show_default="50")]
 SaveEvery = Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 saves at the end only.")]
 
+Parallel = Annotated[
+    str,
+    typer.Option(
+        help="none, or for the processes that torchrun starts: ddp copies the model, fsdp2 shards it, hsdp shards it "
+        "over each half of them, tp splits its matrices. A step has --batch-size x --accumulation x ranks sequences; "
+        "all ranks of tp read the same ones, and count as one."
+    ),
+]
+
 
 def run_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command, in place of its `**shared`, one flag for every field of `RunConfig`."""
@@ -65,6 +74,7 @@ def pretrain(
     save_every: SaveEvery = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --out.")] = False,
     stop_after: Annotated[int, typer.Option(min=0, help="Stop early, with a checkpoint, after so many steps.")] = 0,
+    parallel: Parallel = "none",
     **shared: Any,
 ) -> None:
     """Pre-train a LLaMA on real text with one optimizer."""
@@ -80,7 +90,7 @@ def pretrain(
     from .pretrain import pretrain as run
 
     folder = out or Path("runs") / f"{Path(config.model).stem}-{optimizer}"
-    run(config, folder, Session(resume, save_every, stop_after))
+    run(config, folder, Session(resume, save_every, stop_after, parallel))
 
 
 @app.command()

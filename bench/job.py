@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,7 +14,8 @@ from .config import RunConfig
 from .data import Source
 from .measure import peak_memory
 from .models import build_model, model_config
-from .optimizers import build_optimizer
+from .optimizers import build_optimizer, run_options
+from .parallel import Ranks
 from .rundir import Record
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,10 +52,11 @@ class Job:
     peaks: list[float]
     held_out: list[Tensor]
     start_memory: int
+    ranks: Ranks
     peak_memory: int = 0
 
     def measure_peak(self) -> int:
-        """Return the peak memory over all sessions of the run."""
+        """Return the peak memory of this process, or of any that was in an earlier session of the run."""
         self.peak_memory = max(self.peak_memory, peak_memory(self.device))
         return self.peak_memory
 
@@ -64,19 +68,25 @@ def identity(config: RunConfig, source: Source) -> Record:
     return {"config": config.to_json(), "model": shape, "data": source.identity}
 
 
-def prepare(config: RunConfig, source: Source) -> Job:
-    """Build the model and the optimizer on the device that there is."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def prepare(config: RunConfig, source: Source, ranks: Ranks) -> Job:
+    """Build the model and the optimizer on the device that there is, shared out over the ranks."""
+    device = ranks.device
     start_memory = peak_memory(device)
-    model = build_model(
+    build = partial(
+        build_model,
         config.model,
         source.vocab_size,
         max_length=config.length,
         dtype=TORCH_DTYPES[config.dtype],
         seed=config.seed,
         checkpointing=config.checkpointing,
-    ).to(device)
-    optimizer = build_optimizer(config.optimizer, config.options, model, config.seed)
+    )
+    model, options = ranks.put(build), dict(config.options)
+    if ranks.mode == "ddp" and "replicas" in run_options(config.optimizer):
+        options["replicas"] = dist.group.WORLD
+    if ranks.readers > 1:  # what the model drops differs as its batches do
+        torch.manual_seed(config.seed + (ranks.rank << 32))
+    optimizer = build_optimizer(config.optimizer, options, model, config.seed)
     return Job(
         config=config,
         source=source,
@@ -86,26 +96,5 @@ def prepare(config: RunConfig, source: Source) -> Job:
         peaks=[group["lr"] for group in optimizer.param_groups],
         held_out=source.held_out_batches(config.eval_batches),
         start_memory=start_memory,
+        ranks=ranks,
     )
-
-
-def checkpoint(job: Job, done: int) -> Record:
-    """Return all that the run goes on from, as plain tensors and values."""
-    return {
-        "step": done,
-        "model": job.model.state_dict(),
-        "optimizer": job.optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-        "peak_memory": job.measure_peak(),
-    }
-
-
-def restore(job: Job, state: Record | None) -> int:
-    """Put a checkpoint back and return the number of steps that it had done."""
-    if state is None:
-        return 0
-    job.model.load_state_dict(state["model"])
-    job.optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["random"].cpu())
-    job.peak_memory = state["peak_memory"]
-    return int(state["step"])

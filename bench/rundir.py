@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,10 +16,15 @@ import torch
 from .errors import UserError, one_line
 
 Record = dict[str, Any]
+SHARDS = "checkpoint-[0-9]*"
 
 
 class RunFolder:
-    """Files of one run; `summary.json` is written last and marks the run as finished."""
+    """Files of one run; `summary.json` is written last and marks the run as finished.
+
+    A run of one process keeps its checkpoint in `checkpoint.pt`, one of several in a folder `checkpoint-STEP`, into
+    which every rank writes its pieces. Either replaces the other.
+    """
 
     def __init__(self, path: Path) -> None:
         """Take the folder's path, which need not exist yet."""
@@ -67,6 +74,11 @@ class RunFolder:
         """Tell whether the run that was started here has this identity."""
         return self.started and not _differences(read_json(self._config), identity)
 
+    def config(self) -> Record:
+        """Return the configuration of the run that was started here."""
+        config: Record = read_json(self._config)["config"]
+        return config
+
     def append(self, record: Record) -> None:
         """Add one line to the metrics."""
         with self._metrics.open("a", encoding="utf-8") as file:
@@ -94,19 +106,41 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, self._checkpoint)
+        self._remove(self.path.glob(SHARDS))
 
     def load_checkpoint(self, device: torch.device) -> Record | None:
-        """Return the checkpoint, or None if there is none, and drop the metrics written after it."""
-        state: Record | None = None
-        if self._checkpoint.exists():
-            try:
-                state = torch.load(self._checkpoint, map_location=device, weights_only=True)
-            except (RuntimeError, EOFError, BadZipFile, pickle.UnpicklingError) as error:
-                raise UserError(f"{self._checkpoint} cannot be read: {one_line(error)}") from error
-        self._drop_after(state["step"] if state else 0)
+        """Return the checkpoint of one process, or None if there is none."""
+        if not self._checkpoint.exists():
+            return None
+        try:
+            state: Record = torch.load(self._checkpoint, map_location=device, weights_only=True)
+        except (RuntimeError, EOFError, BadZipFile, pickle.UnpicklingError) as error:
+            raise UserError(f"{self._checkpoint} cannot be read: {one_line(error)}") from error
         return state
 
-    def _drop_after(self, step: int) -> None:
+    def open_shards(self) -> Path:
+        """Return an empty folder for the pieces of a checkpoint, which counts only once it is closed."""
+        part = self.path / "checkpoint-new"
+        self._remove([part])
+        part.mkdir()
+        return part
+
+    def close_shards(self, step: int) -> None:
+        """Make the folder, with all pieces in it, the checkpoint after `step` steps; the older ones go."""
+        older = [self._checkpoint, *self.path.glob(SHARDS)]
+        part, whole = self.path / "checkpoint-new", self.path / f"checkpoint-{step}"
+        _sync(part)
+        os.replace(part, whole)
+        _sync(self.path)
+        self._remove(older)
+
+    def shards(self) -> tuple[int, Path] | None:
+        """Return the step and the folder of the newest checkpoint of several processes."""
+        found = [(int(path.name.partition("-")[2]), path) for path in self.path.glob(SHARDS)]
+        return max(found, default=None)
+
+    def drop_after(self, step: int) -> None:
+        """Drop the metrics written after a checkpoint."""
         kept = []
         for line in self._metrics.read_text(encoding="utf-8").splitlines() if self._metrics.exists() else []:
             try:
@@ -125,6 +159,25 @@ class RunFolder:
                 f"--out {self.path} holds a run of another configuration ({'; '.join(differences)}): "
                 "choose another --out"
             )
+
+    @staticmethod
+    def _remove(paths: Iterable[Path]) -> None:
+        for path in paths:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder survive a loss of power, where folders can be opened at all."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
