@@ -26,7 +26,6 @@ from lowmem.optim import (
     param_groups,
 )
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from torch.optim import lr_scheduler
 
 from tests.helpers import randn
@@ -176,20 +175,6 @@ def test_sparse_gradients_are_refused_clearly(name: str) -> None:
     params[0].grad = torch.sparse_coo_tensor([[0], [1]], [1.0], (9, 7))
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         optimizer.step()
-
-
-@pytest.mark.parametrize("name", SUBSPACE)
-def test_sharded_parameters_are_refused_clearly(name: str) -> None:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        local = randn(9, 7)
-        param = nn.Parameter(DTensor.from_local(local, init_device_mesh("cpu", (1,)), [Replicate()]))
-        param.grad = torch.zeros_like(param)
-        with pytest.raises(NotImplementedError, match=r"sharded parameter \(DTensor.*DistributedDataParallel"):
-            OPTIMIZERS[name]([param]).step()
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------- options of groups

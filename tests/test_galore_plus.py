@@ -221,7 +221,7 @@ def request(matrix: Tensor, rank: int, seed: int, old: Tensor | None) -> Request
     plan = optimizer._planned()[0]
     scale, hyper = matrix.abs().amax(), optimizer._hyper(optimizer.param_groups[0])
     assert plan.view is not None
-    return Request(matrix, scale, plan.view, plan.layout, seed, old, hyper)
+    return Request(matrix, scale, plan.view, plan.view, plan.layout, seed, old, hyper)
 
 
 def test_the_iteration_captures_slow_spectra_cold_and_warm() -> None:

@@ -245,12 +245,12 @@ print("MB", used.ru_maxrss // 1000, "seconds", used.ru_utime + used.ru_stime)
 
 
 def claimed_state() -> int:
-    """The README's formulae for 8-bit GaLore with bf16 bases, and two bytes and scales for what is not projected."""
+    """The README's formulae for 8-bit GaLore with bf16 bases: two bytes and scales for plain matrices, fp32 vectors."""
     h, f, r = SEVEN.hidden, SEVEN.ffn, 1024
     matrices = [(h, h)] * 4 + [(f, h)] * 3
     projected = sum(2 * min(s) * r + 2 * max(s) * (r + 4 * math.ceil(r / 128)) for s in matrices)
     plain = 2 * (2 * SEVEN.vocabulary * h + 8 * SEVEN.vocabulary * h // 128)  # embedding and head
-    norms = (2 * SEVEN.layers + 1) * (2 * h + 8 * h // 128)
+    norms = (2 * SEVEN.layers + 1) * 8 * h
     return SEVEN.layers * projected + plain + norms
 
 

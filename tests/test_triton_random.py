@@ -15,7 +15,7 @@ from lowmem.optim import Flora, SubspaceAccumulator
 from lowmem.optim.core.seeded import SeededBasis
 from torch.nn import Parameter
 
-from tests.helpers import feed, randn
+from tests.helpers import randn
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,13 +67,14 @@ def test_the_choice_of_a_backend() -> None:
 
 
 def test_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer = Flora([param := Parameter(randn(24, 16))], lr=1e-2, rank=4, backend="triton")
+    accumulator = SubspaceAccumulator(torch.optim.SGD([param := Parameter(randn(24, 16))]), rank=4, backend="triton")
+    param.grad = randn(24, 16)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"has no 'basis' for torch\.float32 on cpu; pass backend='auto'"):
-        feed(optimizer, param, [randn(24, 16)])
+        accumulator.accumulate()
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     with pytest.raises(ValueError, match=r"Triton is not installed, pip install 'lowmem\[triton\]'"):
-        feed(optimizer, param, [randn(24, 16)])
+        accumulator.accumulate()
 
 
 @every_kind
@@ -88,7 +89,7 @@ def test_optimizers_follow_the_same_path_with_either(kind: str) -> None:
             accumulator.accumulate()
             accumulator.step()
         finals.append(param.detach())
-    assert torch.equal(*finals)
+    torch.testing.assert_close(*finals, rtol=1e-5, atol=1e-6)  # statistics are summed in another order
 
 
 COMPILE = """
