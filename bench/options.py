@@ -59,7 +59,9 @@ def options_of(cls: type) -> dict[str, Option]:
         for p in parameters:
             if p.name not in {"params", *found} and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
                 default = p.default if owner is cls else INHERITED
-                found[p.name] = Option(p.name, default, _kinds(hints.get(p.name), p.default))
+                kinds = _kinds(hints.get(p.name), p.default)
+                if kinds != (types.NoneType,):  # an object that no text can name, as a process group
+                    found[p.name] = Option(p.name, default, kinds)
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
     return found

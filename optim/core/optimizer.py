@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -16,9 +17,6 @@ from .lifecycle import Lifecycle
 from .spec import Spec
 from .summary import Summary
 from .view import MatrixView
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class SubspaceOptimizer(Lifecycle):
@@ -57,7 +55,7 @@ class SubspaceOptimizer(Lifecycle):
         foreach: bool | None = None,
         fused: bool | None = None,
         compat: str | None = None,
-        replicas: ProcessGroup | None = None,
+        replicas: dist.ProcessGroup | None = None,
     ) -> None:
         self.replicas = replicas
         adam = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule}
