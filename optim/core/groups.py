@@ -143,24 +143,11 @@ class Groups(Optimizer):
                 for param in group["params"]:
                     self._admit(param, group)
             plans = make_plans(self.param_groups, self._view, self.replicas)
-            for plan in plans:
-                self._check_layout(plan)
+            check_sharded(plans, self.param_groups, type(self).__name__ if not self.shards else None)
             described = self._described(plans)
             reconcile(self.state, described, self._settled, {p: plan.layout for plan in plans for p in plan.params})
             self._plans, self._plans_key, self._settled, self._pieces = plans, key, described, {}
         return self._plans
-
-    def _check_layout(self, plan: Plan) -> None:
-        """Refuse sharded parameters that the method cannot step piece by piece."""
-        if plan.layout.alone:
-            return
-        if not self.shards:
-            raise NotImplementedError(
-                f"got sharded parameters (DTensor), which {type(self).__name__} does not step yet: train with "
-                "torch.nn.parallel.DistributedDataParallel(model), or use GaLore, Fira or OnlineSubspaceDescent"
-            )
-        for param in plan.params:
-            check_sharded(param, self.param_groups[plan.group], plan.view, plan.layout)
 
     def _fingerprint(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What decides which state the parameters of a group have, and how weights are written."""

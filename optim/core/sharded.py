@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from .bucket import Plan
 from .codec import form_of
 from .layout import Layout
 from .projector import PROJECTORS
@@ -15,19 +16,37 @@ from .view import MatrixView
 KEEP = "shard the kept side, fully_shard(model, shard_placement_fn=kept_shard)"
 
 
-def check_sharded(param: Tensor, group: Mapping[str, Any], view: MatrixView | None, layout: Layout) -> None:
-    """Refuse a sharded parameter whose group asks for what needs more of it than the sums of its layout.
+def check_sharded(plans: Iterable[Plan], groups: Sequence[dict[str, Any]], stranger: str | None) -> None:
+    """Refuse sharded parameters whose group asks for what needs more of them than the sums of their layout.
+
+    Args:
+        plans: All buckets.
+        groups: The parameter groups.
+        stranger: Name of an optimizer that steps no sharded parameters at all.
 
     Raises:
-        NotImplementedError: It does.
+        NotImplementedError: A group does.
     """
-    if layout.alone:
-        return
+    for plan in plans:
+        if plan.layout.alone:
+            continue
+        if stranger:
+            raise NotImplementedError(
+                f"got sharded parameters (DTensor), which {stranger} does not step yet: train with "
+                "torch.nn.parallel.DistributedDataParallel(model), or use GaLore, Fira or OnlineSubspaceDescent"
+            )
+        for param in plan.params:
+            reason = _reason(param, groups[plan.group], plan.view, plan.layout)
+            if reason:
+                raise NotImplementedError(f"got a sharded {tuple(param.shape)} parameter, and {reason}")
+
+
+def _reason(param: Tensor, group: Mapping[str, Any], view: MatrixView | None, layout: Layout) -> str | None:
     whole = view is None or view.rank in (0, view.b)  # entry by entry
     reason = _cut(param, group, layout) if whole else None
-    reason = reason or (_plain(group) if view is None else _projected(group, view, layout))
-    if reason:
-        raise NotImplementedError(f"got a sharded {tuple(param.shape)} parameter, and {reason}")
+    if view is None and param.ndim > 2 and "beta2_decay" in group:
+        return "Adafactor's statistics are those of matrices: put it into a group of another optimizer"
+    return reason or (_plain(group) if view is None else _projected(group, view, layout))
 
 
 def _cut(param: Tensor, group: Mapping[str, Any], layout: Layout) -> str | None:
