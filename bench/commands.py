@@ -161,6 +161,11 @@ def plan_memory(
     ] = False,
     release: Annotated[bool, typer.Option("--release", help="Step parameters in the backward pass.")] = False,
     budget: Annotated[str, typer.Option(help="Memory that there is, such as 24GB or 24GiB.")] = "",
+    world: Annotated[int, typer.Option(min=0, help="Plan one of so many ranks, and its traffic; 0 is one GPU.")] = 0,
+    parallel: Annotated[str, typer.Option(help="With --world: fsdp2, hsdp or ddp.")] = "fsdp2",
+    shard: Annotated[int, typer.Option(min=0, help="With hsdp: ranks that share a copy.")] = 0,
+    kept: Annotated[bool, typer.Option("--kept", help="Sharded by shard_placement_fn=kept_shard.")] = False,
+    replicas: Annotated[bool, typer.Option("--replicas", help="With ddp: ranks share the search for bases.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures.", show_default="not written")] = None,
 ) -> None:
     """Tell what training takes in memory, beside AdamW, without allocating it; with --budget also what to turn."""
@@ -174,10 +179,16 @@ def plan_memory(
         texts["state_dtype"] = texts.pop("state")
     _refuse_unknown(context, optimizer, texts, options)
     from .compiler import postpone_compiler
-    from .plan import parse_bytes
+    from .plan import parse_bytes, plan_ranks
     from .plan import plan_memory as run
+    from .plan_world import World, refuse_together
     from .planner import Settings
 
+    refuse_together(context, world)
+    if world:
+        ranks = World(world, parallel, shard or None, kept, replicas)
+        plan_ranks(Settings(model, optimizer, parse_options(optimizer, options, texts), dtype), ranks, out)
+        return
     postpone_compiler()
     values, room = parse_options(optimizer, options, texts), parse_bytes(budget) if budget else None
     run(Settings(model, optimizer, values, dtype, batch_size, length, checkpointing, release, room), out)

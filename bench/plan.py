@@ -1,4 +1,4 @@
-"""`lowmem plan`: what training a model with an optimizer takes in memory, before anything is allocated."""
+"""`lowmem plan`: what training a model with an optimizer takes, known before anything is allocated."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ..optim import AdamW8bit
 from ..optim.plan import Pass, Plan, TrainingPlan
-from .errors import UserError
-from .plan_report import show
-from .planner import Planner, Settings
+from .errors import UserError, one_line
+from .plan_report import show, show_ranks
+from .planner import MODEL_DTYPES, Planner, Settings, build, skeleton
+
+if TYPE_CHECKING:
+    from .plan_rank import RankPlan
+    from .plan_world import World
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -60,10 +64,42 @@ def plan_memory(settings: Settings, out: Path | None = None) -> dict[str, Any]:
         "knobs": [asdict(knob) for knob in knobs],
     }
     show(settings, plans, peak, knobs)
+    _write(figures, out)
+    return figures
+
+
+def plan_ranks(settings: Settings, world: World, out: Path | None = None) -> dict[str, Any]:
+    """Print what one rank of many keeps and sends beside AdamW, and return (and write, if `out` is given) it.
+
+    Raises:
+        UserError: The optimizer does not step such parameters, or FSDP2 could not place them.
+    """
+    adamw = replace(settings, optimizer="adamw8bit", options={"state_dtype": "float32"})
+    plans = {settings.title: _rank(settings, world), "AdamW, fp32 moments": _rank(adamw, world)}
+    figures = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "world": asdict(world),
+        "plans": {title: asdict(found) | {"resident": found.resident} for title, found in plans.items()},
+    }
+    show_ranks(settings, world, plans)
+    _write(figures, out)
+    return figures
+
+
+def _rank(settings: Settings, world: World) -> RankPlan:
+    from .plan_rank import rank_plan  # torch.distributed is slow to import
+
+    try:
+        return rank_plan(skeleton(settings.model, MODEL_DTYPES[settings.dtype]), build(settings), world)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        raise UserError(f"{settings.title} cannot be planned: {one_line(error)}") from error
+
+
+def _write(figures: dict[str, Any], out: Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return figures
 
 
 def _mode(passes: Pass) -> str:

@@ -12,6 +12,8 @@ from ..optim.plan import TrainingPlan
 from ..optim.planning_model import LAYERS
 
 if TYPE_CHECKING:
+    from .plan_rank import RankPlan
+    from .plan_world import Cost, World
     from .planner import Knob, Settings
 
 TABLE_WIDTH = 110
@@ -53,6 +55,74 @@ def show(settings: Settings, plans: Mapping[str, Sequence[TrainingPlan]], peak: 
     )
     if settings.budget is not None:
         _verdict(console, settings, peak, knobs)
+
+
+RANK: dict[str, Callable[[RankPlan], int | None]] = {
+    "weights": lambda p: p.weights,
+    "gradients": lambda p: p.gradients,
+    "moments": lambda p: p.state["moments"],
+    "bases": lambda p: p.state["bases"],
+    "scales of moments": lambda p: p.state["scales"],
+    "corrections of weights": lambda p: p.state["corrections"],
+    "other state": lambda p: p.state["other"],
+    "weights, gradients, state": lambda p: p.resident,
+    "workspace of a step": lambda p: p.workspace,
+    "  of one with a refresh": lambda p: p.workspace_refresh,
+}
+
+SENT: dict[str, Callable[[RankPlan], Cost]] = {
+    "the optimizer, a step": lambda p: p.step,
+    "a refresh, beside that": lambda p: p.refresh,
+    "the wrapper itself, a step": lambda p: p.own,
+    "  no reshard_after_forward": lambda p: p.own_kept,
+}
+
+
+def show_ranks(settings: Settings, world: World, plans: Mapping[str, RankPlan]) -> None:
+    """Print what the first of many ranks keeps, and what it sends."""
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    parts = f", {world.shard} to a copy" if world.shard else ""
+    kept = ", the longer side of matrices sharded" if world.kept else ""
+    console.print(
+        f"{settings.model}, weights in {settings.dtype}, one of {world.size} ranks by {world.parallel}{parts}{kept}"
+    )
+    console.print(_ranks(plans))
+    title, found = next(iter(plans.items()))
+    console.print(f"{title}: {_share(found)}")
+    console.print(
+        "Computed by running the optimizer's code without data; nothing is measured. All-reduces count twice;"
+    )
+    console.print("searches for bases run to their end. Activations and weights gathered for a layer are not in it.")
+
+
+def _ranks(plans: Mapping[str, RankPlan]) -> Table:
+    table = Table()
+    table.add_column("of a rank")
+    for title in plans:
+        table.add_column(title, justify="right")
+    for name, read in RANK.items():
+        sizes = (gigabytes(read(found)) for found in plans.values())
+        table.add_row(f"{name}, GB", *sizes, end_section=name == list(RANK)[-1])
+    for name, cost in SENT.items():
+        costs = [cost(found) for found in plans.values()]
+        table.add_row(f"{name}, GB", *(gigabytes(each.bytes) for each in costs))
+        table.add_row("    M elements", *(f"{each.elements / 1e6:,.3f}" for each in costs))
+        if any(each.calls for each in costs):
+            table.add_row("    collectives", *(f"{each.calls:,}" for each in costs))
+    return table
+
+
+def _share(found: RankPlan) -> str:
+    """Traffic beside the wrapper's, and the work of a rank."""
+    sent = found.step.bytes + found.amortised
+    beside = (
+        f"sends {100 * sent / found.own.bytes:.2f} % of what the wrapper does" if found.own.bytes else "sends nothing"
+    )
+    work = (
+        f"{found.step.flops / 1e12:,.3f} TFLOP of products a step, {found.refresh.flops / 1e12:,.3f} more in a refresh"
+    )
+    return f"{beside}, refreshes spread over their interval; {work}"
 
 
 def _optimizers(plans: Mapping[str, Sequence[TrainingPlan]]) -> Table:

@@ -91,7 +91,7 @@ class Planner:
         title = settings.title if make is None else make
         try:
             if title not in self._needs:
-                made = (make or _builder(settings))(self._model)
+                made = (make or build(settings))(self._model)
                 self._needs[title] = needs(made)
             return self._needs[title].train(self._model, self.passes(settings))
         except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -155,7 +155,8 @@ class Planner:
         return found
 
 
-def _builder(settings: Settings) -> Callable[[nn.Module], Optimizer]:
+def build(settings: Settings) -> Callable[[nn.Module], Optimizer]:
+    """What makes the optimizer of a model."""
     return lambda model: build_optimizer(settings.optimizer, settings.options, model, seed=0)
 
 
