@@ -7,6 +7,7 @@ from .apollo import Apollo, APOLLOAdamW
 from .badam import LISA, BAdam
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .convert import convert_state
+from .ddp import SubspaceReduction
 from .fira import Fira
 from .flora import Flora
 from .frugal import Frugal
@@ -44,6 +45,7 @@ __all__ = [
     "OnlineSubspaceDescent",
     "Plan",
     "SubspaceAccumulator",
+    "SubspaceReduction",
     "TrainingPlan",
     "convert_state",
     "enable_gradient_release",

@@ -63,9 +63,13 @@ class Own:
         self._places = {param: place for place in seen for param in place[0].params}
 
     def project(self, position: int, param: Tensor, cycle: int) -> Tensor | None:
-        """`A P` in the basis in use; the whole gradient is kept where the next step makes another."""
-        held, grad = self.optimizer.state.get(param), param.grad
-        if grad is None or not held or param not in self._places or float(held["until_refresh"]) <= 0:
+        """`A P` of `param.grad`, see `low`."""
+        return None if param.grad is None else self.low(param, param.grad)
+
+    def low(self, param: Tensor, grad: Tensor) -> Tensor | None:
+        """`A P` in the basis in use; None where the next step makes another, and needs the whole gradient."""
+        held = self.optimizer.state.get(param)
+        if not held or param not in self._places or float(held["until_refresh"]) <= 0:
             return None
         b = self._bucket(param, grad)
         low = torch.empty(b.view.low_shape, dtype=b.dtype, device=b.grads[0].device)
