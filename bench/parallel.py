@@ -118,27 +118,30 @@ def started(mode: str) -> Iterator[Ranks]:
     Raises:
         UserError: `mode` is unknown, or is not what the process was started for.
     """
-    size = int(os.environ.get("WORLD_SIZE", "0"))
-    _check(mode, size)
-    if mode == "none":
-        yield Ranks()
-        return
-    here = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        if here >= torch.cuda.device_count():
-            raise UserError(f"{here + 1} processes share {torch.cuda.device_count()} GPUs: NCCL needs one for each")
-        torch.cuda.set_device(here)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    here = int(os.environ.get("LOCAL_RANK", "0"))
     try:
-        yield Ranks(mode, dist.get_rank(), dist.get_world_size())
+        _check(mode, int(os.environ.get("WORLD_SIZE", "0")))
+        yield Ranks() if mode == "none" else _join(mode, here)
     except UserError as error:
         if here == 0:
             raise
         # torchrun ends all processes as soon as one has failed: let the first speak.
-        time.sleep(2)
+        time.sleep(1)
         sys.exit(error.exit_code)
     finally:
-        dist.destroy_process_group()
+        if mode != "none" and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(mode: str, here: int) -> Ranks:
+    backend, gpus = "gloo", torch.cuda.device_count()
+    if gpus:
+        if here >= gpus:
+            raise UserError(f"process {here + 1} of this machine finds {gpus} GPUs: write --nproc-per-node {gpus}")
+        torch.cuda.set_device(here)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend)
+    return Ranks(mode, dist.get_rank(), dist.get_world_size())
 
 
 def _check(mode: str, size: int) -> None:
