@@ -80,7 +80,7 @@ class Own:
     def norm(self, param: Tensor, low: Tensor) -> Tensor:
         """Norm of R, of all of it where the parameter is sharded."""
         layout = self._places[param][0].layout
-        norm: Tensor = torch.linalg.vector_norm(layout.reduce(low[None]))
+        norm: Tensor = torch.linalg.vector_norm(low if layout.alone else layout.reduce(low[None].clone()))  # in place
         return norm if layout.alone else layout.sum_low(norm.square()).sqrt()
 
     def restore(self, param: Tensor, low: Tensor) -> Tensor:

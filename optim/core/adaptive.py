@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .sharding import whole
 from .view import matrix_shape
 
 AUTO = "auto"
@@ -55,7 +56,7 @@ def choose_ranks(group: dict[str, Any], cost: Cost) -> list[int]:
     for place, param in enumerate(group["params"]):
         one, two = (cost(param, rank, group) for rank in (1, 2))
         if one is not None:
-            grad = torch.zeros(param.shape) if param.grad is None else param.grad
+            grad = torch.zeros(param.shape) if param.grad is None else whole(param.grad)
             shares = spectrum(grad.reshape(matrix_shape(param.shape)))
             candidates.append(Candidate(shares, one if two is None else two - one, one))
             places.append(place)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .accumulation import Own
 from .lifecycle import Lifecycle
-from .sharding import is_dtensor, local
+from .sharding import local, whole
 from .validate import check_choices
 
 CLIPPING = ("previous", "matrix")
@@ -156,7 +156,7 @@ class Cycle:
         if low is not None and self._way is not None:
             return self._way.norm(param, low)
         norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-        return norm.full_tensor() if is_dtensor(norm) else norm
+        return whole(norm)
 
     def _clip_(self, grad: Tensor, norm: Tensor | None) -> None:
         """Note the norm of a gradient and scale it, without a synchronisation."""

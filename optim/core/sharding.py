@@ -152,6 +152,11 @@ def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a DTensor, gathered; anything else as it is."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
 def local(tensor: Any) -> Any:
     """The local piece of a DTensor, sharing its memory; anything else as it is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor

@@ -1,0 +1,1 @@
+"""What ranks of real processes run for `test_distributed.py`."""
