@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from .config import RunConfig
 from .data import Source
+from .errors import UserError, one_line
 from .measure import peak_memory
 from .models import build_model, model_config
 from .optimizers import build_optimizer, run_options
@@ -81,12 +83,15 @@ def prepare(config: RunConfig, source: Source, ranks: Ranks) -> Job:
         seed=config.seed,
         checkpointing=config.checkpointing,
     )
-    model, options = ranks.put(build), dict(config.options)
-    if ranks.mode == "ddp" and "replicas" in run_options(config.optimizer):
+    known, options = run_options(config.optimizer), dict(config.options)
+    model = ranks.put(build, projected="rank" in known)
+    if ranks.mode == "ddp" and "replicas" in known:
         options["replicas"] = dist.group.WORLD
     if ranks.readers > 1:  # what the model drops differs as its batches do
         torch.manual_seed(config.seed + (ranks.rank << 32))
-    optimizer = build_optimizer(config.optimizer, options, model, config.seed)
+    optimizer = build_optimizer(config.optimizer, options, getattr(model, "module", model), config.seed)
+    if ranks.size > 1 and hasattr(optimizer, "summary"):
+        _check_sharded(config.optimizer, optimizer)
     return Job(
         config=config,
         source=source,
@@ -98,3 +103,11 @@ def prepare(config: RunConfig, source: Source, ranks: Ranks) -> Job:
         start_memory=start_memory,
         ranks=ranks,
     )
+
+
+def _check_sharded(name: str, optimizer: Any) -> None:
+    """Refuse before the first step what the optimizer cannot shard, and not in it."""
+    try:
+        optimizer.summary()
+    except NotImplementedError as error:
+        raise UserError(f"{name}: {one_line(error)}") from error

@@ -41,10 +41,8 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", 0 if self.mode == "none" else torch.cuda.current_device())
+        """Where this process computes: on several GPUs its own is the current one."""
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
     def readers(self) -> int:
@@ -93,8 +91,8 @@ class Ranks:
         result: T = told[0]
         return result
 
-    def put(self, build: Callable[[], nn.Module]) -> nn.Module:
-        """Build a model, the same on every rank, and share it out."""
+    def put(self, build: Callable[[], nn.Module], projected: bool) -> nn.Module:
+        """Build a model, the same on every rank, and share it out, by `kept_shard` where it will be projected."""
         if self.mode in ("none", "ddp"):
             model = build().to(self.device)
             # Buckets are the gradients: there is no second copy of them.
@@ -105,7 +103,7 @@ class Ranks:
         shape = (2, self.size // 2) if self.mode == "hsdp" else (self.size,)
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
         # Sharded where it was built, so that no device ever holds the whole of it.
-        shared: nn.Module = (_split if self.mode == "tp" else _shard)(build(), mesh)
+        shared: nn.Module = _split(build(), mesh) if self.mode == "tp" else _shard(build(), mesh, projected)
         return shared.to(self.device)
 
 
@@ -170,7 +168,7 @@ def clip(model: nn.Module, limit: float) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def _shard(model: Any, mesh: Any) -> Any:
+def _shard(model: Any, mesh: Any, projected: bool) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     from ..optim import kept_shard
@@ -182,9 +180,8 @@ def _shard(model: Any, mesh: Any) -> Any:
         kept = kept_shard(param)
         return kept if param.shape[kept.dim] % size == 0 else None
 
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh, shard_placement_fn=place)
-    fully_shard(model, mesh=mesh, shard_placement_fn=place)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh, shard_placement_fn=place if projected else None)
     return model
 
 
