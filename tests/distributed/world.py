@@ -26,6 +26,7 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self._ranks: list[tuple[Any, Any]] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def run(self, work: Callable[..., Any], *args: Any) -> list[Any]:
         """Run a function of a module on every rank, and return what each returned (no tensors: they share memory)."""
@@ -55,11 +56,15 @@ class World:
             process.kill()
             process.join()
         self._ranks.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.distributed.layouts"])  # imports torch once for all ranks
-        meeting = Path(tempfile.mkdtemp()) / "store"
+        self._folder = tempfile.TemporaryDirectory()
+        meeting = Path(self._folder.name) / "store"
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, rank, self.size, str(meeting)), daemon=True)
