@@ -28,7 +28,7 @@ class GradientRelease:
             raise ValueError("gradients of this optimizer are released already: remove() the first handle")
         self._model: nn.Module | None = model
         self._optimizer, self._steps = optimizer, steps
-        self._cycle = Cycle(optimizer, Own(optimizer) if steps > 1 else None, clip)
+        self._cycle = Cycle(optimizer, Own(optimizer) if steps > 1 else None, clip, steps)
         self._hooks: dict[int, RemovableHandle] = {}
         self._called = False
         self._attach(model)

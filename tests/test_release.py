@@ -356,6 +356,35 @@ def test_a_run_resumes_in_the_middle_of_a_step_to_the_bit(clip_by: str) -> None:
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True))
 
 
+def test_loading_in_the_middle_of_a_step_drops_whole_gradients_too() -> None:
+    model, optimizer, _ = released(accumulation_steps=2)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    (100 * loss_of(model, randn(6, 12))).backward()
+    optimizer.load_state_dict(saved)
+    twin, plain, _ = released(accumulation_steps=2)
+    twin.load_state_dict(weights)
+    for one, of in ((optimizer, model), (plain, twin)):
+        cycle(one, of, 0)
+    assert_same(model, twin)
+
+
+def test_a_handle_saved_between_backward_and_step_knows_the_norm() -> None:
+    model, optimizer, handle = released(max_norm=0.1)
+    loss_of(model, randn(6, 12)).backward()
+    twin, again, other = released(max_norm=0.1)
+    twin.load_state_dict(model.state_dict())
+    again.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(handle.state_dict())
+    assert other.grad_norm == handle.grad_norm
+    for net, one in ((model, optimizer), (twin, again)):
+        one.step()
+        loss_of(net, randn(6, 12, seed=3)).backward()
+        one.step()
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True))
+    with pytest.raises(ValueError, match="accumulation_steps=1, this one 2"):
+        released(accumulation_steps=2)[2].load_state_dict(handle.state_dict())
+
+
 def test_a_copied_model_trains_nothing() -> None:
     model, optimizer, _ = released()
     twin = copy.deepcopy(model)

@@ -24,6 +24,7 @@ from lowmem.optim import (
     GaLorePlus,
     LowRank,
     OnlineSubspaceDescent,
+    SubspaceAccumulator,
 )
 from lowmem.optim.core import refresh
 from torch import Tensor, nn
@@ -363,3 +364,122 @@ def test_bases_are_spread_above_eight_ranks(size: int, spread: bool) -> None:
         return basis.placements[0] == Shard(0)
 
     assert set(in_world(size, body)) == {spread}
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "apollo", "channel", "frugal-svd", "frugal-columns", "online"])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), 1e200])
+def test_a_gradient_with_one_bad_entry_leaves_finite_weights_everywhere(name: str, dim: int, value: float) -> None:
+    def body() -> None:
+        make = placed(3, dim)
+        weight = nn.Parameter(make(randn(*SHAPES["tall"], dtype=torch.float64)))
+        optimizer = OPTIMIZERS[name]([weight])
+        for step, grad in enumerate(gradients(SHAPES["tall"])):
+            bad = grad.clone()
+            if step in (0, 2, 4):
+                bad[3, 2] = value
+            weight.grad = make(bad)
+            optimizer.step()
+        assert weight.full_tensor().isfinite().all()
+
+    in_world(3, body)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_moments_that_keep_their_numbers_keep_their_signs(dim: int) -> None:
+    """Singular vectors have free signs, which depend on how rows are orthonormalised."""
+
+    def build(params: Any) -> torch.optim.Optimizer:
+        return GaLore(params, rank=RANK, update_proj_gap=GAP, lr=LR, carry="keep")
+
+    assert compare(build, SHAPES["tall"], 3, dim) < 1e-9
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "8bit"])
+def test_copies_of_a_moment_round_alike(state_dtype: str) -> None:
+    def body() -> None:
+        mesh = init_device_mesh("cpu", (2, 2))
+        weight = nn.Parameter(distribute_tensor(randn(256, 192), mesh, (Shard(0), Shard(1))))
+        optimizer = GaLore([weight], rank=32, state_dtype=state_dtype)
+        for seed in range(3):
+            weight.grad = distribute_tensor(randn(256, 192, seed=seed), mesh, (Shard(0), Shard(1)))
+            optimizer.step()
+        for value in optimizer.state[weight].values():
+            if isinstance(value, DTensor):
+                for index, placement in enumerate(value.placements):
+                    if placement.is_replicate():
+                        mine = value.to_local().contiguous()
+                        sums = [mine.double().sum() for _ in range(2)]
+                        dist.broadcast(sums[1], group=mesh.get_group(index), group_src=0)
+                        assert sums[0] == sums[1]
+
+    in_world(4, body)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_where_bases_lie_may_change(first: bool, dim: int) -> None:
+    dense = run(OPTIMIZERS["galore"], SHAPES["tall"], torch.clone)[0]
+
+    def body() -> float:
+        make = placed(3, dim)
+        start = randn(*SHAPES["tall"], seed=99, dtype=torch.float64)
+        weight = nn.Parameter(make(start))
+        optimizer = OPTIMIZERS["galore"]([weight])
+        optimizer.param_groups[0]["shard_basis"] = first
+        for step, grad in enumerate(gradients(SHAPES["tall"])):
+            if step == 5:
+                optimizer.param_groups[0]["shard_basis"] = not first
+            weight.grad = make(grad)
+            optimizer.step()
+        return float((weight.full_tensor() - dense).abs().max())
+
+    assert max(in_world(3, body)) < 1e-9
+
+
+def test_a_step_before_any_gradient_does_nothing() -> None:
+    def body() -> None:
+        weight = nn.Parameter(placed(2, 0)(randn(24, 15)))
+        optimizer = GaLore([weight], rank=RANK, lr=0.1, weight_decay=0.1)
+        before = weight.full_tensor().clone()
+        optimizer.step()
+        assert torch.equal(weight.full_tensor(), before)
+        assert not optimizer.state
+
+    in_world(2, body)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda p: LowRank(p, rank=RANK, residual="exact", residual_density=0.1),
+            "residual='exact' keeps single entries",
+        ),
+        (
+            lambda p: Adafactor([q for q in p if q.ndim > 1], lr=LR),
+            "second dimension is cut into 2 pieces of unequal",
+        ),
+    ],
+)
+def test_more_that_is_refused(build: Build, message: str) -> None:
+    def body() -> None:
+        mesh = init_device_mesh("cpu", (2,))
+        conv = "second" in message
+        start = randn(12, 3, 5) if conv else randn(24, 15)
+        weight = nn.Parameter(distribute_tensor(start, mesh, [Shard(1 if conv else 0)]))
+        weight.grad = torch.zeros_like(weight)
+        with pytest.raises(NotImplementedError, match=message):
+            build([weight]).step()
+
+    in_world(2, body)
+
+
+def test_random_bases_do_not_accumulate_sharded_gradients() -> None:
+    def body() -> None:
+        weight = nn.Parameter(placed(2, 0)(randn(24, 15)))
+        weight.grad = torch.zeros_like(weight)
+        with pytest.raises(NotImplementedError, match=r"use those of the optimizer, SubspaceAccumulator\(optimizer\)"):
+            SubspaceAccumulator(GaLore([weight], rank=4), rank=4).accumulate()
+
+    in_world(2, body)

@@ -16,7 +16,7 @@ from .bucket import Bucket, Plan
 from .lifecycle import Lifecycle
 from .projector import PROJECTORS
 from .seeded import SeededBasis
-from .sharding import local
+from .sharding import is_dtensor, local
 from .spread import whole_bases
 from .view import MatrixView, matrix_shape
 
@@ -126,6 +126,11 @@ class Random:
     def project(self, position: int, param: Tensor, cycle: int) -> Tensor | None:
         """`A P` in the basis of this parameter and this cycle."""
         view, grad = self.view(param), param.grad
+        if is_dtensor(param):
+            raise NotImplementedError(
+                "got sharded parameters (DTensor), whose gradients are not compressed in random bases: use those of "
+                "the optimizer, SubspaceAccumulator(optimizer)"
+            )
         if view is None or grad is None or grad.is_sparse:
             return None
         basis = self._basis(view, position, param, cycle)

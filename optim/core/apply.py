@@ -28,7 +28,7 @@ def run_rule(b: Bucket, stored: Work, keys: list[tuple[int, ...]]) -> None:
         stored: The work, with states as they are stored.
         keys: What distinguishes each tensor in this step: the seed of the stochastic rounding of second moments.
     """
-    place = [b.layout.box.row, b.layout.box.col] if b.layout.box else []  # pieces of one moment round apart
+    place = b.place  # pieces of one moment round apart, replicas alike
     seeds = [random.mix(b.hyper.seed, *key, *place) for key in keys]
     if b.rule.coded_direction(stored, b.hyper, seeds):
         return

@@ -50,6 +50,7 @@ class Plan:
             yield self
             return
         a, r = self.layout.local(self.view).low_shape
+        a = max(a, self.view.b) if self.layout.spread else a  # bases are whole for the time of a step
         budget = CPU_BUFFER if self.params[0].device.type == "cpu" else GPU_BUFFER
         size = max(1, budget // max(1, a * r))
         for start in range(0, len(self.params), size):
@@ -106,6 +107,15 @@ class Bucket:
     def mine(self) -> range | None:
         """The projected coordinates of this rank's pieces; None where it has all."""
         return self.layout.projected(self.view) if self.layout.cols else None
+
+    @property
+    def place(self) -> list[int]:
+        """Where this rank's piece of a moment begins in the whole, nothing where it is whole."""
+        if self.layout.box is None:
+            return []
+        if self.plan.view is None:
+            return [self.layout.box.row, self.layout.box.col]
+        return [self.layout.low_start(self.view)]
 
     @property
     def basis(self) -> Basis:

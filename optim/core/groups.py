@@ -219,6 +219,8 @@ class Groups(Optimizer):
     def _restore(self, loaded: dict[str, Any]) -> None:
         order = [(key, group) for group in loaded["param_groups"] for key in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
+        for mine in self.param_groups:
+            self._validate(mine)
         self._plans_key = None
         plans = make_plans(self.param_groups, self._view, self.replicas)
         described = self._settled = self._described(plans)

@@ -82,6 +82,12 @@ class Layout:
         everywhere = {"basis": self.spread, "kept": self.dealt}.get(axis, False)
         return self.sharding.place(axis, transposed=self.transposed, everywhere=everywhere)
 
+    def settle(self, value: Tensor, axis: str) -> Tensor:
+        """A state where it belongs: other placements are changed, whole tensors cut."""
+        if self.sharding is None or not value.ndim:
+            return value
+        return self.sharding.adopt(value, self.place(axis))
+
     def piece(self, grad: Tensor) -> Tensor:
         """This rank's piece of a gradient, placed as its parameter."""
         if self.sharding is None or not is_dtensor(grad):
@@ -207,6 +213,10 @@ class Layout:
         """Rows of R that this rank keeps where they are dealt out."""
         mine = _share(rows, self.cols[0])
         return len(range(mine.start, mine.stop))
+
+    def low_start(self, view: MatrixView) -> int:
+        """The first row of R that this rank keeps."""
+        return _share(view.a, self.cols[0]).start if self.dealt else self.kept(view).start
 
     def gather_bases(self, parts: Tensor, rows: int) -> Tensor:
         """Whole bases (k, b, r) of which this rank keeps a share of the rows, `rows` being b."""

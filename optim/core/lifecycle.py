@@ -57,7 +57,7 @@ class Lifecycle(Groups):
         super()._transient()
         self._low_grads: dict[Tensor, Tensor] = {}
         self.release: Release | None = getattr(self, "release", None)  # which loading does not end
-        self._warming = False
+        self._warming = self._idle = False
         self._alone: dict[int, tuple[Plan, tuple[Any, ...]]] = {}
 
     def update(self, b: Bucket) -> None:
@@ -90,6 +90,9 @@ class Lifecycle(Groups):
             self.release.end()
         self._prepare()
         self._warming = self._warms_up()
+        self._idle = not self._low_grads and not any(
+            p.grad is not None for group in self.param_groups for p in group["params"]
+        )
         hypers = [self._hyper(group) for group in self.param_groups]
         for plan in self._planned():
             if not self._waits(self.param_groups[plan.group]):
@@ -172,7 +175,8 @@ class Lifecycle(Groups):
             ready = self._low_grads.get(param)
             grad = param.grad if ready is None else ready
             if grad is None:
-                if plan.layout.alone or not param.requires_grad or self.release is not None:  # stepped already
+                stepped = self._idle or self.release is not None
+                if plan.layout.alone or stepped or not param.requires_grad:
                     continue
                 grad = torch.zeros_like(param)  # collectives must be those of the other ranks
             if grad.is_sparse:
@@ -208,10 +212,11 @@ class Lifecycle(Groups):
         """
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return not any(_nonzero(grad) for grad in grads if not grad.is_sparse)
+        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not any(_nonzero(p, p.grad) for p in given if p.grad is not None and not p.grad.is_sparse)
 
 
-def _nonzero(grad: Tensor) -> Tensor:
-    """Whether an entry is not zero, over all pieces."""
-    return Layout.of(grad).max_all(local(grad).count_nonzero())
+def _nonzero(param: Tensor, grad: Tensor) -> Tensor:
+    """Whether an entry of a gradient is not zero, over all pieces."""
+    layout = Layout.of(param)
+    return layout.max_all(layout.piece(grad).count_nonzero())

@@ -49,7 +49,7 @@ def cholesky_qr(columns: Tensor, layout: Layout = ALONE, first: int = 0) -> Tens
     largest = layout.max_cols(torch.cat([columns.abs(), zeros]).amax(0)).clamp_(min=torch.finfo(columns.dtype).tiny)
     scaled = columns / largest
     scaled = scaled / _lengths(scaled, layout).clamp_(min=1.0)
-    total = float(layout.sum_cols(torch.tensor(float(rows)))) if layout.cols else float(rows)
+    total = float(layout.sum_cols(columns.new_tensor(float(rows)))) if layout.cols else float(rows)
     noise = random.normal(count, range(first, first + rows), count, columns.device).to(columns.dtype)
     scaled = scaled.add_(noise, alpha=NOISE * eps / max(total, 1.0) ** 0.5)
     scaled = scaled / _lengths(scaled, layout)

@@ -114,6 +114,10 @@ def sketch(request: Request) -> Bases:
         start = torch.cat([request.old.to(scale.dtype), fresh / request.whole.b**0.5], dim=1)
     columns, image = linalg.range_finder(matrix, start, POWER_ITERATIONS, scale, layout, mine.start)
     basis, low = linalg.ritz(columns, image, view.rank, layout)
+    if request.old is not None:  # signs are free: moments that keep their numbers need those of the basis in use
+        along = layout.sum_cols((request.old.to(basis.dtype) * basis).sum(0))
+        signs = torch.where(along < 0, -1.0, 1.0).to(basis.dtype)
+        basis, low = basis * signs, low * signs
     return _bases(request, basis, low.mul_(scale))
 
 

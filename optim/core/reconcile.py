@@ -47,7 +47,7 @@ def reconcile(
         ValueError: State cannot be converted to what a group needs now.
     """
     settled = {
-        param: _settle(param, held, described[param], before.get(param, {}))
+        param: _settle(param, held, described[param], before.get(param, {}), layouts[param])
         | _started(param, held, described[param], layouts[param])
         for param, held in states.items()
         if held and param in described
@@ -60,7 +60,11 @@ def reconcile(
 
 
 def _settle(
-    param: Tensor, held: Mapping[str, Tensor], specs: Mapping[str, Spec], before: Mapping[str, Spec]
+    param: Tensor,
+    held: Mapping[str, Tensor],
+    specs: Mapping[str, Spec],
+    before: Mapping[str, Spec],
+    layout: Layout,
 ) -> dict[str, Tensor]:
     settled = {}
     for name, spec in specs.items():
@@ -80,7 +84,7 @@ def _settle(
                 f"{_options(name)} cannot change so after the first step; {REMEDY}"
             )
         fits = value.dtype == spec.dtype
-        settled[name] = (value if fits else _cast(name, value, spec.dtype)).to(spec.device)
+        settled[name] = layout.settle((value if fits else _cast(name, value, spec.dtype)).to(spec.device), spec.axis)
     return settled
 
 

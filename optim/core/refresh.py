@@ -122,7 +122,7 @@ def _track(b: Bucket, index: int, low: Tensor) -> None:
     scale = b.layout.max_all(_largest(image))
     adjoint = b.layout.sum_rows(linalg.product(matrix.T, image / scale))
     largest = b.layout.max_cols(_largest(adjoint))
-    if not (scale.isfinite() and largest.isfinite()) or scale < torch.finfo(b.dtype).tiny:
+    if not (scale.isfinite() and largest.isfinite() and scale >= torch.finfo(b.dtype).tiny):
         held["skipped_refreshes"] += 1
         return
     first = b.layout.projected(b.view).start
@@ -165,6 +165,8 @@ def _skip(b: Bucket, index: int) -> None:
     if int(held["refreshes"]) == 0:
         seed = random.mix(b.hyper.seed, b.positions[index])
         found = b.basis.arbitrary(b.whole, seed, b.params[index].device)
-        mine, kept = b.layout.projected(b.view), b.layout.kept(b.view)
-        left = None if found.left is None else found.left[kept.start : kept.stop]
-        b.basis.store(held, Bases(found.basis[mine.start : mine.stop], left))
+        if found.basis.is_floating_point():  # not indices, which every rank has all of
+            mine, kept = b.layout.projected(b.view), b.layout.kept(b.view)
+            left = None if found.left is None else found.left[kept.start : kept.stop]
+            found = Bases(found.basis[mine.start : mine.stop], left)
+        b.basis.store(held, found)

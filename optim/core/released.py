@@ -48,10 +48,11 @@ class Cycle:
         optimizer: The optimizer.
         way: Sums gradients in the optimizer's subspace; None where every backward pass is a step.
         clip: How gradients are clipped.
+        steps: Backward passes in a step.
     """
 
-    def __init__(self, optimizer: Lifecycle, way: Own | None, clip: Clip) -> None:
-        self.optimizer, self.clip = optimizer, clip
+    def __init__(self, optimizer: Lifecycle, way: Own | None, clip: Clip, steps: int) -> None:
+        self.optimizer, self.clip, self.steps = optimizer, clip, steps
         self.stepped: set[int] = set()
         """Identities of the parameters that were stepped in this cycle."""
         self._way = way
@@ -101,6 +102,11 @@ class Cycle:
 
     def discard(self) -> None:
         """Forget what has come, as where a batch is given up."""
+        for param in self._counts:
+            param.grad = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._sums.clear()
         self._counts.clear()
         self._squares.clear()
@@ -113,7 +119,7 @@ class Cycle:
             assert self._way is not None
             whole = self._way.restore(param, low)
             param.grad = whole if param.grad is None else param.grad.add_(whole)
-        self.discard()
+        self._forget()
         self.optimizer.release = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,13 +129,27 @@ class Cycle:
             "counts": {place[param]: count for param, count in self._counts.items()},
             "sums": {place[param]: low.clone() for param, low in self._sums.items()},
             "grads": {place[p]: p.grad.clone() for p in self._counts if p.grad is not None},
+            "stepped": [place[param] for param in place if id(param) in self.stepped],
+            "squares": [square.clone() for square in self._squares],
             "last": self._last,
+            "steps": self.steps,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the cycle that `state_dict()` recorded."""
+        """Go on with the cycle that `state_dict()` recorded.
+
+        Raises:
+            ValueError: It was recorded with another number of backward passes in a step.
+        """
+        if state_dict["steps"] != self.steps:
+            raise ValueError(
+                f"the recorded handle has accumulation_steps={state_dict['steps']}, this one {self.steps}: enable "
+                f"release with accumulation_steps={state_dict['steps']}"
+            )
         self.discard()
         params = list(self._params())
+        self.stepped = {id(params[i]) for i in state_dict["stepped"]}
+        self._squares = [square.clone() for square in state_dict["squares"]]
         self._counts = {params[i]: count for i, count in state_dict["counts"].items()}
         self._sums = {params[i]: low.to(params[i].device, copy=True) for i, low in state_dict["sums"].items()}
         for i, grad in state_dict["grads"].items():

@@ -132,7 +132,10 @@ def limited(b: Bucket, phi: Tensor, low: Tensor, how: Scaling) -> Tensor:
     The authors' limiter sees N before bias correction.
     """
     squares = residual_squares(b, low, 2 * how.leak - how.leak**2)
-    phi.masked_fill_(~squares.sum(1, keepdim=True).isfinite(), 0.0)  # a bad gradient has no residual, piece by piece
+    bad = ~squares.sum(1, keepdim=True).isfinite()  # (k, 1)
+    if b.layout.cols:  # a row of A is in several pieces
+        bad = b.layout.max_all(bad.int()).bool()
+    phi.masked_fill_(bad, 0.0)  # a bad gradient has no residual
     if how.gamma is None:
         return phi
     norms = b.layout.sum_low((phi.square() * squares.nan_to_num_()).sum(1)).sqrt()  # |S|  (k,)

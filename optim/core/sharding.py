@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
@@ -65,6 +66,13 @@ class Sharding:
                     f"got a {tuple(param.shape)} parameter with placements {param.placements}, need Shard(0), Shard(1) "
                     "or Replicate(): pass fully_shard(model, shard_placement_fn=lambda p: Shard(0))"
                 )
+        sizes = (param.device_mesh.size(i) for i, placement in enumerate(param.placements) if shard_dim(placement) == 1)
+        parts = math.prod(sizes)
+        if param.ndim > 2 and param.shape[1] % parts:
+            raise NotImplementedError(
+                f"got a {tuple(param.shape)} parameter whose second dimension is cut into {parts} pieces of unequal "
+                "size: shard the first one, Shard(0)"
+            )
         return cls(param.device_mesh, tuple(param.placements), tuple(param.shape))
 
     def groups(self, dim: int) -> tuple[Any, ...]:

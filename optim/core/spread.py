@@ -13,9 +13,9 @@ from .bucket import Bucket
 @contextmanager
 def whole_bases(b: Bucket) -> Iterator[None]:
     """Gather the bases of a bucket, and keep this rank's rows of what became of them."""
-    shares = [held["basis"] for held in b.states] if b.plan.view is not None and b.layout.spread else []
-    if not shares or shares[0].ndim != 2 or not b.basis.splits or b.hyper.projector == "descend":
-        yield  # replicated: indices, bases that move in every step
+    shares = [held["basis"] for held in b.states if "basis" in held] if b.layout.spread else []
+    if not shares or shares[0].ndim != 2 or b.hyper.projector == "descend":
+        yield  # replicated: indices, bases that move in every step, none at all
         return
     mine, rows = b.layout.own_basis(b.whole.b), b.whole.b
     whole = b.layout.gather_bases(torch.stack(shares), rows)
