@@ -72,9 +72,7 @@ def _projected(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> st
     if view.full:
         return "proj_type='full' has no side that is kept: choose proj_type='std'"
     if group.get("residual") in ("exact", "additive"):
-        return (
-            f"residual={group['residual']!r} keeps single entries of the whole: choose 'norm' or 'signsgd'"
-        )
+        return f"residual={group['residual']!r} keeps single entries of the whole: choose 'norm' or 'signsgd'"
     if group.get("weight_norm"):
         return "weight_norm=True needs whole rows: drop the option"
     if projector is None or projector.side == "flat" or group.get("num_heads") is not None:
