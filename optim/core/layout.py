@@ -18,10 +18,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor.placement_types import Placement
 
-
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-"""Their names since torch 2.13."""
+if dist.is_available():
+    _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # their names since torch 2.13
 
 
 MANY = 8
