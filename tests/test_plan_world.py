@@ -201,7 +201,7 @@ class Matrices(nn.Module):
     ("name", "kept", "projected"),
     [
         ("galore", lambda a, r: 0, lambda a, r: 2 * a * r),
-        ("fira", lambda a, r: 2, lambda a, r: 2 * a * r + 2 * a + 2),
+        ("fira", lambda a, r: 2, lambda a, r: 2 * a * r + 2 * a + 4),
         ("frugal-svd", lambda a, r: 0, lambda a, r: 3 * a * r + 2 * a),
     ],
 )

@@ -132,13 +132,18 @@ def limited(b: Bucket, phi: Tensor, low: Tensor, how: Scaling) -> Tensor:
     The authors' limiter sees N before bias correction.
     """
     squares = residual_squares(b, low, 2 * how.leak - how.leak**2)
-    bad = ~squares.sum(1, keepdim=True).isfinite()  # (k, 1)
-    if b.layout.cols:  # a row of A is in several pieces
-        bad = b.layout.max_all(bad.int()).bool()
-    phi.masked_fill_(bad, 0.0)  # a bad gradient has no residual
+    bad = ~squares.sum(1).isfinite()  # (k,): a bad gradient has no residual
+    phi.masked_fill_(bad[:, None], 0.0)
+    norms = (phi.square() * squares.nan_to_num_()).sum(1)  # |S|^2  (k,)
+    if b.layout.dealt:  # every rank has some rows of R and a piece of every row of A: they share the verdict
+        norms, verdicts = b.layout.sum_low(torch.stack([norms, bad.to(norms.dtype)]))
+        phi.masked_fill_(verdicts[:, None] > 0, 0.0)
+        norms = norms.masked_fill(verdicts > 0, 0.0)
+    elif how.gamma is not None:
+        norms = b.layout.sum_low(norms)
     if how.gamma is None:
         return phi
-    norms = b.layout.sum_low((phi.square() * squares.nan_to_num_()).sum(1)).sqrt()  # |S|  (k,)
+    norms = norms.sqrt()
     for index, held in enumerate(b.states):
         t, (beta1, beta2) = int(held["step"]), b.hyper.betas
         corrected = b.hyper.official and b.hyper.correct_bias and b.hyper.rule == "adamw"
