@@ -117,7 +117,8 @@ def sketch(request: Request) -> Bases:
     if request.old is not None:  # signs are free: moments that keep their numbers need those of the basis in use
         along = layout.sum_cols((request.old.to(basis.dtype) * basis).sum(0))
         signs = torch.where(along < 0, -1.0, 1.0).to(basis.dtype)
-        basis, low = basis * signs, low * signs
+        basis.mul_(signs)
+        low.mul_(signs)
     return _bases(request, basis, low.mul_(scale))
 
 
@@ -125,7 +126,7 @@ def svd(request: Request) -> Bases:
     """The exact leading singular vectors, from the smaller Gram matrix in fp64; pieces of a matrix are gathered."""
     matrix = request.layout.gather_all(request.matrix, request.whole)
     basis = linalg.exact_basis(matrix, request.view.rank, request.scale.double()).to(request.scale.dtype)
-    basis = basis[_mine(request)]
+    basis = own_piece(Bases(basis), request.view, request.layout).basis
     return _bases(request, basis, request.layout.sum_cols(request.matrix.to(basis.dtype) @ basis))
 
 
@@ -134,11 +135,10 @@ def anything(basis: Basis) -> Callable[[Request], Bases]:
 
     def find(request: Request) -> Bases:
         found = basis.arbitrary(request.whole, request.seed, request.matrix.device)
-        if not found.basis.is_floating_point():
-            return found
-        dtype = request.scale.dtype
-        left = None if found.left is None else found.left[_slice(request.layout.kept(request.view))].to(dtype)
-        return Bases(found.basis[_mine(request)].to(dtype), left)
+        if found.basis.is_floating_point():
+            dtype = request.scale.dtype
+            found = Bases(found.basis.to(dtype), None if found.left is None else found.left.to(dtype))
+        return own_piece(found, request.view, request.layout)
 
     return find
 
@@ -162,17 +162,17 @@ def official_svd(request: Request) -> Bases:
     matrix = request.layout.gather_all(request.matrix, request.whole)
     left, right = linalg.lapack_bases(matrix.T if request.view.transposed else matrix, request.view.rank)
     if request.view.full:
-        return Bases(right[_mine(request)], left[_slice(request.layout.kept(request.view))])
-    return Bases((left if request.view.transposed else right)[_mine(request)])
+        return own_piece(Bases(right, left), request.view, request.layout)
+    return own_piece(Bases(left if request.view.transposed else right), request.view, request.layout)
 
 
-def _mine(request: Request) -> slice:
-    """This rank's rows of P."""
-    return _slice(request.layout.projected(request.view))
-
-
-def _slice(rows: range) -> slice:
-    return slice(rows.start, rows.stop)
+def own_piece(found: Bases, view: MatrixView, layout: Layout) -> Bases:
+    """This rank's rows of whole bases, `view` being that of its piece; indices it has all of."""
+    if not found.basis.is_floating_point():
+        return found
+    mine, kept = layout.projected(view), layout.kept(view)
+    left = None if found.left is None else found.left[kept.start : kept.stop]
+    return Bases(found.basis[mine.start : mine.stop], left)
 
 
 def _bases(request: Request, basis: Tensor, image: Tensor) -> Bases:

@@ -14,7 +14,7 @@ from .basis import DENSE, Bases, State
 from .bucket import Bucket
 from .carry import carry_moments
 from .descend import descend_
-from .projector import Request, official_svd
+from .projector import Request, official_svd, own_piece
 from .state import INTERVAL
 
 LAZIEST = 16
@@ -165,8 +165,4 @@ def _skip(b: Bucket, index: int) -> None:
     if int(held["refreshes"]) == 0:
         seed = random.mix(b.hyper.seed, b.positions[index])
         found = b.basis.arbitrary(b.whole, seed, b.params[index].device)
-        if found.basis.is_floating_point():  # not indices, which every rank has all of
-            mine, kept = b.layout.projected(b.view), b.layout.kept(b.view)
-            left = None if found.left is None else found.left[kept.start : kept.stop]
-            found = Bases(found.basis[mine.start : mine.stop], left)
-        b.basis.store(held, found)
+        b.basis.store(held, own_piece(found, b.view, b.layout))

@@ -83,15 +83,20 @@ class Sharding:
 
     def box(self) -> Box:
         """The local piece."""
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        local, offset = compute_local_shape_and_global_offset(self.shape, self.mesh, self.placements)
-        rest = 1
-        for size in self.shape[2:]:
-            rest *= size
+        local, offset = self._cut(self.shape, self.placements)
+        rest = math.prod(self.shape[2:])
         if len(self.shape) < 2:  # a vector is one row
             return Box(0, offset[0] if offset else 0, 1, local[0] if local else 1)
         return Box(offset[0], offset[1] * rest, local[0], local[1] * rest)
+
+    def _cut(
+        self, shape: tuple[int, ...], placements: tuple[Placement, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape of this rank's piece of a whole tensor, and where it begins."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        local, offset = compute_local_shape_and_global_offset(shape, self.mesh, placements)
+        return tuple(local), tuple(offset)
 
     def place(self, axis: str, *, transposed: bool = False, everywhere: bool = False) -> tuple[Placement, ...]:
         """Placements of a state whose rows are one of `AXES`.
@@ -129,21 +134,17 @@ class Sharding:
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, placements: tuple[Placement, ...]) -> DTensor:
         """Zeros of a global shape, of which this rank allocates its piece."""
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-        local, _ = compute_local_shape_and_global_offset(shape, self.mesh, placements)
+        local, _ = self._cut(shape, placements)
         device = torch.device(self.mesh.device_type)
         return self.wrap(torch.zeros(local, dtype=dtype, device=device), shape, placements)
 
     def adopt(self, value: Tensor, placements: tuple[Placement, ...]) -> DTensor:
         """Place a whole tensor, of which this rank keeps its piece, or one that lies elsewhere: that is gathered."""
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
         if is_dtensor(value):
             if value.device_mesh == self.mesh and tuple(value.placements) == placements:
                 return value
             value = value.full_tensor()
-        local, offset = compute_local_shape_and_global_offset(value.shape, self.mesh, placements)
+        local, offset = self._cut(tuple(value.shape), placements)
         piece = value[tuple(slice(first, first + size) for first, size in zip(offset, local, strict=True))]
         return self.wrap(piece.to(self.mesh.device_type), tuple(value.shape), placements)
 
