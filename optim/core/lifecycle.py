@@ -57,7 +57,6 @@ class Lifecycle(Groups):
         super()._transient()
         self._low_grads: dict[Tensor, Tensor] = {}
         self.release: Release | None = getattr(self, "release", None)  # which loading does not end
-        self._warming = self._idle = False
         self._alone: dict[int, tuple[Plan, tuple[Any, ...]]] = {}
 
     def update(self, b: Bucket) -> None:
@@ -89,19 +88,16 @@ class Lifecycle(Groups):
         if self.release is not None:
             self.release.end()
         self._prepare()
-        self._warming = self._warms_up()
-        self._idle = not self._low_grads and not any(
-            p.grad is not None for group in self.param_groups for p in group["params"]
-        )
+        warming = self._warms_up()
         hypers = [self._hyper(group) for group in self.param_groups]
         for plan in self._planned():
             if not self._waits(self.param_groups[plan.group]):
-                self._step_plan(plan, hypers[plan.group])
+                self._step_plan(plan, hypers[plan.group], warming=warming)
         self._low_grads.clear()
         return loss
 
-    def _step_plan(self, plan: Plan, hyper: Any) -> None:
-        bucket = self._bucket(plan, hyper)
+    def _step_plan(self, plan: Plan, hyper: Any, *, warming: bool = False) -> None:
+        bucket = self._bucket(plan, hyper, warming=warming)
         if bucket.params:
             with whole_bases(bucket):
                 (self.plain if plan.view is None else self._project)(bucket)
@@ -114,7 +110,6 @@ class Lifecycle(Groups):
         Raises:
             ValueError: The optimizer does not have the parameter.
         """
-        self._warming = False
         plan, mark = self._alone.get(id(param), (None, None))
         if plan is None or mark != self._mark(param, plan):
             self._alone = {id(p): (part, self._mark(p, part)) for part in self._one_by_one() for p in part.params}
@@ -167,16 +162,16 @@ class Lifecycle(Groups):
         """Step a bucket of projected matrices, in whatever coordinates."""
         self.update(b)
 
-    def _bucket(self, plan: Plan, hyper: Any) -> Bucket:
-        """Gather what takes part in this step, creating the state of parameters that are new."""
+    def _bucket(self, plan: Plan, hyper: Any, *, warming: bool) -> Bucket:
+        """Gather what takes part in this step, creating the state of parameters that are new; no more if `warming`."""
+        skips = plan.layout.alone or self.release is not None or not self._given()
         bucket = Bucket(plan, hyper, [], [], [], [], [], [], [], [])
         offsets = plan.offsets or [0] * len(plan.params)
         for param, position, offset in zip(plan.params, plan.positions, offsets, strict=True):
             ready = self._low_grads.get(param)
             grad = param.grad if ready is None else ready
             if grad is None:
-                stepped = self._idle or self.release is not None
-                if plan.layout.alone or stepped or not param.requires_grad:
+                if skips or not param.requires_grad:
                     continue
                 grad = torch.zeros_like(param)  # collectives must be those of the other ranks
             if grad.is_sparse:
@@ -184,7 +179,7 @@ class Lifecycle(Groups):
             held = self.state[param]
             if not held:
                 held.update(state.zeros(self._state_of(param, plan.view, plan.group), plan.layout))
-                if self._warming:
+                if warming:
                     continue
             bucket.params.append(local(param))
             bucket.grads.append(plan.layout.piece(grad))
@@ -204,6 +199,10 @@ class Lifecycle(Groups):
         if known is None or known[0] is not held:
             known = self._pieces[param] = (held, {name: local(value) for name, value in held.items()})
         return known[1]
+
+    def _given(self) -> bool:
+        """Tell whether there is a gradient at all."""
+        return bool(self._low_grads) or any(p.grad is not None for group in self.param_groups for p in group["params"])
 
     def _warms_up(self) -> bool:
         """Recognise the step that checkpointing tools run to create state: nothing but rates of 0 and zero gradients.
