@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from .rundir import Record
+from .tables import markdown_table, terminal_table
 
 COLUMNS = (
     "optimizer",
@@ -96,15 +97,9 @@ def _percent(mean: float, deviation: float | None, sign: str = "") -> str:
 
 def table(rows: Sequence[Row]) -> Table:
     """Return the comparison for a terminal."""
-    found = Table()
-    for index, column in enumerate(COLUMNS):
-        found.add_column(column, justify="left" if index < 2 else "right")
-    for line in cells(rows):
-        found.add_row(*line)
-    return found
+    return terminal_table(COLUMNS, cells(rows))
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return the comparison as a Markdown table."""
-    rules = ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2)
-    return "".join(f"| {' | '.join(line)} |\n" for line in (COLUMNS, rules, *cells(rows)))
+    return markdown_table(COLUMNS, cells(rows))

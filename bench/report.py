@@ -16,6 +16,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from .rundir import Record, RunFolder
+from .tables import markdown_table, terminal_table
 
 # Okabe and Ito's palette without its yellow, which is too light for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
@@ -143,18 +144,12 @@ def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 def comparison_table(rows: Sequence[Row]) -> Table:
     """Return the comparison for a terminal."""
-    table = Table()
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index < 2 else "right")
-    for row in cells(rows):
-        table.add_row(*row)
-    return table
+    return terminal_table(COLUMNS, cells(rows))
 
 
 def comparison_markdown(rows: Sequence[Row]) -> str:
     """Return the comparison as a Markdown table."""
-    rules = ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2)
-    return "".join(f"| {' | '.join(line)} |\n" for line in (COLUMNS, rules, *cells(rows)))
+    return markdown_table(COLUMNS, cells(rows))
 
 
 def _subplots(count: int, **layout: Any) -> tuple[Any, list[Any]]:
