@@ -34,6 +34,7 @@ setup(
         "bench": BENCH,
         "test": TEST + BENCH + TRITON,
         "triton": TRITON,
+        "docs": ["pdoc>=15"],
         "lint": ["ruff", "mypy"],
         "peers": ["galore-torch", "bitsandbytes>=0.44", "torchao"],
         "bitsandbytes": ["bitsandbytes>=0.44"],
