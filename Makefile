@@ -3,14 +3,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/compare
 
-.PHONY: setup test lint pretrain clean
+.PHONY: setup test lint docs pretrain clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,lint,docs]"
 	touch $@
 
 # Everything is tested, the slow tests too, on all cores.
@@ -21,6 +21,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	.ci/typecheck $(BIN)/mypy
+
+# The reference of the public API, out of its docstrings, in build/docs.
+docs: setup
+	$(BIN)/python docs/api.py build/docs
 
 # AdamW beside GaLore on a small LLaMA and real text: a table, and a picture in $(OUT). The learning rates are the best
 # of 5e-4, 1e-3, 2e-3 for AdamW and of 5e-3, 1e-2, 2e-2, 4e-2 for GaLore in runs of this length.
