@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/compare
 
-.PHONY: setup test lint docs pretrain clean
+.PHONY: setup test lint docs memory pretrain clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,10 @@ lint: setup
 # The reference of the public API, out of its docstrings, in build/docs.
 docs: setup
 	$(BIN)/python docs/api.py build/docs
+
+# What every method takes at 7B: bench/results/memory_7b.png and .json.
+memory: setup
+	$(BIN)/python -m lowmem.bench.plan_picture
 
 # AdamW beside GaLore on a small LLaMA and real text: a table, and a picture in $(OUT). The learning rates are the best
 # of 5e-4, 1e-3, 2e-3 for AdamW and of 5e-3, 1e-2, 2e-2, 4e-2 for GaLore in runs of this length.
