@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import codec, factored
+from . import codec, factored, sides
 from .codec import State
 from .layout import ALONE, Layout
 from .spec import Spec, counter
@@ -84,11 +84,12 @@ def precondition(grad: Tensor, held: State, t: int, o: Options, eps1: float, lay
         return (factored.floor_variance(whole.clone(), eps1) if floor else whole).rsqrt().mul_(grad)
     order = o.dims(tuple(grad.shape)) or tuple(range(grad.ndim))  # of a piece too small to factor by itself
     matrix, row, col = grad.permute(order), held["exp_avg_sq_row"], held["exp_avg_sq_col"]
-    factored.accumulate(matrix, (row, col), fresh, added, o.backend, layout)
+    pair = sides.pair(layout, grad.ndim)
+    factored.accumulate(matrix, (row, col), fresh, added, o.backend, pair)
     if floor:
-        update = factored.precondition_floored(matrix, row, col, eps1, layout)
+        update = factored.precondition_floored(matrix, row, col, eps1, pair)
     else:
-        update = factored.precondition(matrix, row, col, layout)
+        update = factored.precondition(matrix, row, col, pair)
     return update.permute([order.index(d) for d in range(len(order))])
 
 
@@ -101,7 +102,7 @@ def specs(param: Tensor, o: Options) -> dict[str, Spec]:
     else:
         turned = tuple(shape[d] for d in order)
         statistics = {"exp_avg_sq_row": turned[:-1], "exp_avg_sq_col": turned[:-2] + turned[-1:]}
-    axes = {"exp_avg_sq_row": "m", "exp_avg_sq_col": "n"}
+    axes = sides.axes(len(shape))
     described = {
         name: Spec(size, work, param.device, axis=axes.get(name, "param")) for name, size in statistics.items()
     }

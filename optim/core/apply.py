@@ -53,7 +53,7 @@ def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
         lr = float(lr)
     if b.rule.absolute:
         t = int(b.states[index]["step"])
-        scaled = learning_rate(hyper, t, b.params[index], b.dtype) if hyper.weight_decay else 0.0
+        scaled = learning_rate(hyper, t, b.params[index], b.dtype, b.layout) if hyper.weight_decay else 0.0
         return 1.0, 1 - scaled * hyper.weight_decay
     decay = 1 - lr * hyper.weight_decay
     return (lr * decay if hyper.official else lr), decay

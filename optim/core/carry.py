@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...kernels import random
-from . import codec
+from . import codec, factored, sides
 from .bucket import Bucket
 from .change import Change
+from .layout import Layout
 from .state import AGE
 
 
@@ -32,7 +33,8 @@ def carry_moments(b: Bucket, index: int, change: Change) -> None:
     if "exp_avg_sq" in moments:
         carried["exp_avg_sq"] = change.second(moments["exp_avg_sq"])
     if "exp_avg_sq_row" in moments:
-        row, col = carry_factored(moments["exp_avg_sq_row"], moments["exp_avg_sq_col"], change)
+        stats = moments["exp_avg_sq_row"], moments["exp_avg_sq_col"]
+        row, col = carry_factored(stats, change, sides.low(b.layout, b.whole))
         carried |= {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
     for name, value in carried.items():
         seed = random.mix(b.hyper.seed, b.positions[index], int(held["refreshes"]), 2)
@@ -41,8 +43,9 @@ def carry_moments(b: Bucket, index: int, change: Change) -> None:
         held[AGE].copy_(change.cols(held[AGE]))
 
 
-def carry_factored(row: Tensor, col: Tensor, change: Change) -> tuple[Tensor, Tensor]:
+def carry_factored(stats: tuple[Tensor, Tensor], change: Change, layout: Layout) -> tuple[Tensor, Tensor]:
     """Row and column means of the carried `V = R C^T / mean(R)`, without V; zero stays zero."""
-    total = row.mean().clamp_min(1e-38)
+    row, col = stats
+    total = factored.mean(row, layout).clamp_min(1e-38)
     rows, cols = change.rows(row), change.cols(col)
-    return rows * (cols.mean() / total), cols * (rows.mean() / total)
+    return rows * (cols.mean() / total), cols * (factored.mean(rows, layout) / total)

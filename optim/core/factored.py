@@ -7,6 +7,7 @@ a batch of matrices. Means stand in for the paper's sums, which gives the same V
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,15 +31,30 @@ def accumulate(
     layout: Layout = ALONE,
 ) -> None:
     """`R <- lerp(R, mean_cols(G^2) + floor, weight)` and likewise C with rows, without a G^2 temporary."""
-    rows, cols = layout.means(pick("square_means", grad, backend)(grad), grad.shape)
+    rows, cols = _whole(pick("square_means", grad, backend)(grad), grad.shape, layout)
     row, col = stats
     row.lerp_(rows.add_(floor), weight)
     col.lerp_(cols.add_(floor), weight)
 
 
+def _whole(pair: tuple[Tensor, Tensor], local: Sequence[int], layout: Layout) -> tuple[Tensor, Tensor]:
+    """Means of the rows and columns of a whole matrix, from those of this rank's piece of it."""
+    if layout.alone:
+        return pair
+    (rows, cols), (m, n) = pair, layout.shape
+    return layout.sum_cols(rows * local[-1]) / max(n, 1), layout.sum_rows(cols * local[-2]) / max(m, 1)
+
+
+def mean(row: Tensor, layout: Layout = ALONE) -> Tensor:
+    """Mean of row statistics (..., m) of which this rank has a piece, as (..., 1)."""
+    if not layout.rows:
+        return row.mean(-1, keepdim=True)
+    return layout.sum_rows(row.sum(-1, keepdim=True)) / layout.shape[0]
+
+
 def precondition(grad: Tensor, row: Tensor, col: Tensor, layout: Layout = ALONE) -> Tensor:
     """`U = G / sqrt(V)` with `V = R C^T / mean(R)`, in the split form that does not overflow."""
-    left = (row / layout.mean_rows(row)).rsqrt_().unsqueeze(-1)  # (..., m, 1)
+    left = (row / mean(row, layout)).rsqrt_().unsqueeze(-1)  # (..., m, 1)
     right = col.rsqrt().unsqueeze(-2)  # (..., 1, n)
     return (grad * left).mul_(right)
 
@@ -46,7 +62,7 @@ def precondition(grad: Tensor, row: Tensor, col: Tensor, layout: Layout = ALONE)
 def precondition_floored(grad: Tensor, row: Tensor, col: Tensor, eps: float, layout: Layout = ALONE) -> Tensor:
     """`U = G / sqrt(max(V, eps^2))` with `V = R C^T / max(mean(R), eps)`, torch.optim.Adafactor's form."""
     variance = row.unsqueeze(-1) * col.unsqueeze(-2)
-    variance.div_(layout.mean_rows(row).unsqueeze(-1).clamp(min=eps))
+    variance.div_(mean(row, layout).unsqueeze(-1).clamp(min=eps))
     return floor_variance(variance, eps).rsqrt_().mul_(grad)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .sharding import Box, Sharding, is_dtensor, shard_dim
+from .stack import Stacked
 from .view import MatrixView, matrix_shape
 
 if TYPE_CHECKING:
@@ -63,9 +63,10 @@ class Layout:
         transposed: bool = False,
         replicas: ProcessGroup | None = None,
         spread: bool | None = None,
+        stacked: bool = False,
     ) -> Layout:
         """Derive the layout of a parameter that is projected from the right, or from the left (transposed)."""
-        sharding = Sharding.of(param)
+        sharding = (Stacked if stacked else Sharding).of(param)
         if sharding is None:
             return cls(replicas=replicas)
         first, second = sharding.groups(0), sharding.groups(1)
@@ -78,7 +79,7 @@ class Layout:
         """Placements of a state whose rows are one of `sharding.AXES`."""
         if self.sharding is None:
             raise TypeError("a plain parameter has no placements")
-        everywhere = {"basis": self.spread, "kept": self.dealt}.get(axis, False)
+        everywhere = {"basis": self.spread, "kept": self.dealt, "entries": True}.get(axis, False)
         return self.sharding.place(axis, transposed=self.transposed, everywhere=everywhere)
 
     def settle(self, value: Tensor, axis: str) -> Tensor:
@@ -91,8 +92,8 @@ class Layout:
         """This rank's piece of a gradient, placed as its parameter."""
         if self.sharding is None or not is_dtensor(grad):
             return grad
-        if tuple(grad.placements) != self.sharding.placements:
-            grad = grad.redistribute(placements=self.sharding.placements)
+        if tuple(grad.placements) != self.sharding.own:
+            grad = grad.redistribute(placements=self.sharding.own)
         return grad.to_local()
 
     def local(self, view: MatrixView) -> MatrixView:
@@ -114,26 +115,11 @@ class Layout:
         """The layout of the weight itself: `rows` and `cols` are those of W, not of A."""
         return replace(self, rows=self.cols, cols=self.rows, transposed=False) if self.transposed else self
 
-    def mean_rows(self, tensor: Tensor, dim: int = -1) -> Tensor:
-        """Mean over the kept side of a vector (..., a) or over a dimension, kept as one."""
-        if not self.rows:
-            return tensor.mean(dim, keepdim=True)
-        return self.sum_rows(tensor.sum(dim, keepdim=True)) / self._size(0)
-
-    def means(self, pair: tuple[Tensor, Tensor], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Means of the rows and columns of a whole weight, from those of this rank's piece of a given shape."""
-        rows, cols = pair
-        if self.alone:
-            return rows, cols
-        return (
-            self.sum_cols(rows * shape[-1]) / max(self._size(1), 1),
-            self.sum_rows(cols * shape[-2]) / max(self._size(0), 1),
-        )
-
-    def _size(self, dim: int) -> int:
-        """Length of a side of the whole weight, of its rows (0) or columns (1)."""
-        shape = () if self.sharding is None else self.sharding.shape
-        return matrix_shape(shape)[dim] if len(shape) >= 2 else 1
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the whole weight where it is sharded, a vector being one column."""
+        whole = () if self.sharding is None else self.sharding.shape
+        return matrix_shape(whole) if whole else (1, 1)
 
     @property
     def numel(self) -> int | None:
@@ -183,14 +169,7 @@ class Layout:
         """Sum R (k, a, r) over the projected side, and keep this rank's rows where they are dealt out."""
         if not self.dealt:
             return self.sum_cols(low)
-        group = self.cols[0]
-        world, (k, a, r) = dist.get_world_size(group), low.shape
-        each = -(-a // world)
-        padded = torch.nn.functional.pad(low, (0, 0, 0, each * world - a))
-        parts = padded.view(k, world, each, r).transpose(0, 1).reshape(world * k, each, r)
-        own = torch.empty((k, each, r), dtype=low.dtype, device=low.device)
-        _reduce_scatter(own, parts, group=group)
-        return own[:, : self.own(a)].contiguous()
+        return deal(low, self.cols[0])
 
     def gather_all(self, matrix: Tensor, whole: MatrixView) -> Tensor:
         """A (a, b) out of its pieces, for what needs all of it at a refresh; a copy of the gradient's size."""
@@ -206,28 +185,39 @@ class Layout:
 
     def gather(self, low: Tensor, rows: int) -> Tensor:
         """All rows (k, a, r) of what `reduce` has dealt out, `rows` being a; what was not dealt out as it is."""
-        return _gather(low, rows, self.cols[0]) if self.dealt else low
+        return collect(low, rows, self.cols[0]) if self.dealt else low
 
     def own(self, rows: int) -> int:
         """Rows of R that this rank keeps where they are dealt out."""
-        mine = _share(rows, self.cols[0])
+        mine = share(rows, self.cols[0])
         return len(range(mine.start, mine.stop))
 
     def low_start(self, view: MatrixView) -> int:
         """The first row of R that this rank keeps."""
-        return _share(view.a, self.cols[0]).start if self.dealt else self.kept(view).start
+        return share(view.a, self.cols[0]).start if self.dealt else self.kept(view).start
 
     def gather_bases(self, parts: Tensor, rows: int) -> Tensor:
         """Whole bases (k, b, r) of which this rank keeps a share of the rows, `rows` being b."""
-        return _gather(parts, rows, self.rows[0])
+        return collect(parts, rows, self.rows[0])
 
     def own_basis(self, rows: int) -> slice:
         """Which rows of a basis that is spread are this rank's."""
-        return _share(rows, self.rows[0])
+        return share(rows, self.rows[0])
 
 
-def _gather(low: Tensor, rows: int, group: ProcessGroup) -> Tensor:
-    """All rows (k, rows, r) of what is dealt out over a group as `torch.chunk` would."""
+def deal(low: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum (k, rows, r) over a group, and keep this rank's share of the rows: those that `torch.chunk` would deal it."""
+    world, (k, rows, r) = dist.get_world_size(group), low.shape
+    each, mine = -(-rows // world), share(rows, group)
+    padded = torch.nn.functional.pad(low, (0, 0, 0, each * world - rows))
+    parts = padded.view(k, world, each, r).transpose(0, 1).reshape(world * k, each, r)
+    own = torch.empty((k, each, r), dtype=low.dtype, device=low.device)
+    _reduce_scatter(own, parts, group=group)
+    return own[:, : mine.stop - mine.start].contiguous()
+
+
+def collect(low: Tensor, rows: int, group: ProcessGroup) -> Tensor:
+    """All rows (k, rows, r) of what `deal` has dealt out."""
     world, (k, _, r) = dist.get_world_size(group), low.shape
     each = -(-rows // world)
     padded = torch.nn.functional.pad(low, (0, 0, 0, each - low.shape[1])).contiguous()
@@ -236,8 +226,8 @@ def _gather(low: Tensor, rows: int, group: ProcessGroup) -> Tensor:
     return parts.view(world, k, each, r).transpose(0, 1).reshape(k, world * each, r)[:, :rows].contiguous()
 
 
-def _share(rows: int, group: ProcessGroup) -> slice:
-    """This rank's share of rows, as `torch.chunk` would deal them."""
+def share(rows: int, group: ProcessGroup) -> slice:
+    """This rank's share of rows, as `deal` deals them."""
     each, rank = -(-rows // dist.get_world_size(group)), dist.get_rank(group)
     return slice(min(rows, rank * each), min(rows, (rank + 1) * each))
 

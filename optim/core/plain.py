@@ -65,11 +65,12 @@ def _by_rule(b: Bucket) -> None:
     lr, decay = rates(b, 0)
     for target in writing(param, b.states[0], b.hyper, position, box=b.layout.box):
         for piece, (part, grad, held) in enumerate(_pieces(b, target)):
-            work = grad.to(b.dtype)
-            step = torch.empty_like(work)
-            signed = -work if b.hyper.maximize else work
+            wide = grad.to(b.dtype)
+            step = torch.empty_like(wide)
+            signed = -wide if b.hyper.maximize else wide
             weight = part.weight if b.rule.elementwise else param
-            run_rule(b, Work([signed], [held], [t], [weight], [step]), [(position, t, piece)])
+            work = Work([signed], [held], [t], [weight], [step], layout=b.layout, weighs=b.layout)
+            run_rule(b, work, [(position, t, piece)])
             move_(part, codec.matrix(step).mul_(lr), decay)
 
 

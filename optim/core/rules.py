@@ -1,14 +1,8 @@
-"""Inner rules: the optimizer that runs on the low-rank matrix R, or on the gradient itself in a plain group.
-
-A rule names its state tensors, says how they follow a change of basis, and writes a direction `N` such that the weight
-moves by `-lr N` (or by `-N` where the rule is `absolute`: it has the learning rate in it already).
-"""
+"""Inner rules: the optimizer that runs on the low-rank matrix R, or on the gradient itself in a plain group."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,64 +10,14 @@ from torch import Tensor
 
 from ...kernels import pick, reference
 from ...kernels.blockwise import FORMATS, Blocks
-from . import codec, factored
+from . import codec, factored, sides
+from .layout import ALONE, Layout
+from .rule import Rule, Shape, Work
 
 if TYPE_CHECKING:
     from .hyper import Hyper
 
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a rule works on: lists with one entry a tensor, all in the working dtype.
-
-    Args:
-        grads: Gradients R (a, r), or full gradients of any shape.
-        states: State tensors by name; updated in place.
-        counts: Step count t of each tensor, from 1.
-        weights: The parameters, for rules that scale by their size.
-        out: Directions N, of the shapes of `grads`; written.
-        ages: Step counts of each column (r,), in the place of `counts`, where columns have started at different steps.
-    """
-
-    grads: Sequence[Tensor]
-    states: Sequence[dict[str, Tensor]]
-    counts: Sequence[int]
-    weights: Sequence[Tensor]
-    out: Sequence[Tensor]
-    ages: Sequence[Tensor] | None = None
-
-
-class Rule(ABC):
-    """An inner rule: stateless itself, its state is the tensors it describes."""
-
-    linear: tuple[str, ...] = ("exp_avg",)
-    """States that follow a change of basis as R does."""
-    drifting: tuple[str, ...] = ()
-    """Second moments, whose small relative changes low-precision storage must not lose."""
-    absolute: bool = False
-    """The direction includes the learning rate."""
-    elementwise: bool = True
-    """Every entry of the direction depends on its own entry of the gradient only."""
-
-    @abstractmethod
-    def buffers(self, shape: Shape, hyper: Hyper) -> dict[str, Shape]:
-        """Shapes of the state tensors for a gradient of this shape."""
-
-    @abstractmethod
-    def direction(self, work: Work, hyper: Hyper) -> None:
-        """Update the states and write the directions."""
-
-    def coded_direction(self, work: Work, hyper: Hyper, seeds: Sequence[int]) -> bool:
-        """As `direction` in one pass over states as they are stored; False where the rule or the states have none.
-
-        Args:
-            work: The work, whose states may be coded in 8 bits.
-            hyper: Hyper-parameters.
-            seeds: Seed of the rounding of each tensor.
-        """
-        return False
+__all__ = ["RULES", "Rule", "Work", "blockwise", "learning_rate", "single_eps"]
 
 
 class AdamW(Rule):
@@ -170,31 +114,32 @@ class Adafactor(Rule):
         return shapes
 
     def direction(self, work: Work, hyper: Hyper) -> None:
-        """Tensor by tensor, without a host synchronisation."""
+        """Tensor by tensor, without a host synchronisation; of pieces, statistics and sizes are those of the whole."""
         floor = hyper.eps[0] if isinstance(hyper.eps, tuple) else hyper.eps**2
         for grad, state, t, weight, out in zip(
             work.grads, work.states, work.counts, work.weights, work.out, strict=True
         ):
-            fresh = 1.0 - factored.beta2(t, hyper.beta2_decay)
+            fresh, pair = 1.0 - factored.beta2(t, hyper.beta2_decay), sides.pair(work.layout, grad.ndim)
             if "exp_avg_sq" in state:
                 update = grad * state["exp_avg_sq"].lerp_(grad.square().add_(floor), fresh).rsqrt()
             else:
                 stats = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-                factored.accumulate(grad, stats, fresh, floor, hyper.backend)
-                update = factored.precondition(grad, state["exp_avg_sq_row"], state["exp_avg_sq_col"])
-            factored.clip_(update, hyper.clip_threshold).mul_(learning_rate(hyper, t, weight, grad.dtype))
+                factored.accumulate(grad, stats, fresh, floor, hyper.backend, pair)
+                update = factored.precondition(grad, *stats, pair)
+            lr = learning_rate(hyper, t, weight, grad.dtype, work.weighs)
+            factored.clip_(update, hyper.clip_threshold, work.layout).mul_(lr)
             if "exp_avg" in state:
                 update = state["exp_avg"].lerp_(update, 1 - hyper.betas[0])
             out.copy_(update)
 
 
-def learning_rate(hyper: Hyper, t: int, weight: Tensor, dtype: torch.dtype) -> float | Tensor:
+def learning_rate(hyper: Hyper, t: int, weight: Tensor, dtype: torch.dtype, layout: Layout = ALONE) -> float | Tensor:
     """The learning rate of an absolute rule: relative step and parameter scale where the group asks for them."""
     lr = hyper.lr
     if hyper.relative_step:
         lr = factored.relative_step(t, lr, warmup_init=hyper.warmup_init)
     if hyper.scale_parameter:
-        lr = lr * factored.parameter_scale(weight, _pair(hyper.eps)[1], dtype)
+        lr = lr * factored.parameter_scale(weight, _pair(hyper.eps)[1], dtype, layout)
     return lr
 
 

@@ -44,9 +44,9 @@ def check_sharded(plans: Iterable[Plan], groups: Sequence[dict[str, Any]], stran
 def _reason(param: Tensor, group: Mapping[str, Any], view: MatrixView | None, layout: Layout) -> str | None:
     whole = view is None or view.rank in (0, view.b)  # entry by entry
     reason = _cut(param, group, layout) if whole else None
-    if view is None and param.ndim > 2 and "beta2_decay" in group:
-        return "Adafactor's statistics are those of matrices: put it into a group of another optimizer"
-    return reason or (_plain(group) if view is None else _projected(group, view, layout))
+    if param.ndim > 2 and group.get("factor_dims") == "largest2":
+        return "factor_dims='largest2' may factor sharded dimensions in another order: pass factor_dims='last2'"
+    return reason or (None if view is None else _projected(group, view, layout))
 
 
 def _cut(param: Tensor, group: Mapping[str, Any], layout: Layout) -> str | None:
@@ -59,22 +59,14 @@ def _cut(param: Tensor, group: Mapping[str, Any], layout: Layout) -> str | None:
     )
 
 
-def _plain(group: Mapping[str, Any]) -> str | None:
-    if group.get("rule", "adamw") == "adafactor":
-        return "rule='adafactor' has statistics of whole rows and columns: choose 'adamw', 'lion', 'rmsprop' or 'sgd'"
-    return None
-
-
 def _projected(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> str | None:
     projector = PROJECTORS.get(group.get("projector", "sketch"))
-    if _plain(group) or view.rank in (0, view.b):  # all or nothing of it: entry by entry
-        return _plain(group)
+    if view.rank in (0, view.b):  # all or nothing of it: entry by entry
+        return None
     if view.full:
         return "proj_type='full' has no side that is kept: choose proj_type='std'"
     if group.get("residual") in ("exact", "additive"):
         return f"residual={group['residual']!r} keeps single entries of the whole: choose 'norm' or 'signsgd'"
-    if group.get("weight_norm"):
-        return "weight_norm=True needs whole rows: drop the option"
     if projector is None or projector.side == "flat" or group.get("num_heads") is not None:
         return f"projector={group.get('projector')!r} needs whole matrices: choose 'sketch', or 'columns'"
     if not layout.cols:

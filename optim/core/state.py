@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import codec
+from . import codec, sides
 from .hyper import Hyper
 from .layout import ALONE, Layout
 from .rules import RULES
@@ -38,7 +38,9 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
     shape = tuple(param.shape) if view is None else view.low_shape
     moments: dict[str, Spec] = {}
     for name, size in RULES[hyper.rule].buffers(shape, hyper).items():
-        moments |= codec.specs(name, size, param, hyper.state_dtype, axis_of(name, projected=view is not None))
+        moments |= codec.specs(
+            name, size, param, hyper.state_dtype, axis_of(name, param.ndim, projected=view is not None)
+        )
     if view is None:
         on_device = runs_fused(param, hyper) and param.device.type == "cuda"
         return {"step": counter(param.device if on_device else "cpu"), **moments}
@@ -50,13 +52,11 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
     return {**described, **hyper.basis.specs(param, view, hyper), **moments}
 
 
-def axis_of(name: str, *, projected: bool) -> str:
+def axis_of(name: str, ndim: int, *, projected: bool) -> str:
     """What the rows of a moment are, for `Spec.axis`."""
-    if name.endswith("_col"):
-        return "" if projected else "n"
-    if projected:
-        return "kept"
-    return "m" if name.endswith("_row") else "param"
+    if not projected:
+        return sides.axes(ndim).get(name, "param")
+    return "" if name.endswith("_col") else "kept"
 
 
 def delegates(param: Tensor, hyper: Hyper) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...kernels.reference import Move, Scaled, Signed
 from ...kernels.rounding import Target
+from . import sides
 from .apply import count_step, rates, run_rule
 from .basis import Step
 from .bucket import Bucket
@@ -67,7 +68,8 @@ def inner(b: Bucket, low: Tensor) -> Tensor:
     torch._foreach_sub_([held["until_refresh"] for held in b.states], 1)
     counts = count_step(b)
     ages = [held[AGE].add_(1) for held in b.states] if b.hyper.counts_coordinates else None
-    work = Work(low.unbind(), b.states, counts, b.params, step.unbind(), ages)
+    lies = {"layout": sides.low(b.layout, b.whole), "weighs": b.layout}
+    work = Work(low.unbind(), b.states, counts, b.params, step.unbind(), ages, **lies)
     run_rule(b, work, list(zip(b.positions, counts, strict=True)))
     return step
 

@@ -10,7 +10,8 @@ need be kept:
     g     = the rule's step on g with c
     W     = g V / |V|                            and back
 
-The radial part of the gradient no longer enters the subspace (the idea of GradNormLoRP).
+Where rows are cut, norms and c are sums over their pieces, one number a row. The radial part of the gradient no longer
+enters the subspace (the idea of GradNormLoRP).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import sides
 from .apply import rates, run_rule
 from .basis import State
 from .bucket import Bucket
 from .hyper import Hyper
+from .layout import Layout
 from .rules import RULES, Work
 from .spec import Spec, counter
 from .view import matrix_shape
@@ -59,6 +62,7 @@ def check(param: Tensor) -> None:
 
 def normalised(b: Bucket, update: Callable[[Bucket], None]) -> None:
     """Step every matrix of a bucket by `update` in normalised coordinates; one weight-sized temporary at a time."""
+    layout = b.layout.natural
     for index in range(len(b.params)):
         one = b.only(index)
         weight = one.params[0].detach()
@@ -66,13 +70,13 @@ def normalised(b: Bucket, update: Callable[[Bucket], None]) -> None:
         held = one.states[0]
         if held[STEP] == 0:
             for name in ("weight", "direction"):
-                held[PREFIX + name].copy_(_norms(matrix))
+                held[PREFIX + name].copy_(_norms(matrix, layout))
         size, length = held[f"{PREFIX}weight"], held[f"{PREFIX}direction"]
         radial = _tangential_(one, matrix, size, length)
         matrix.mul_(_ratio(length, size)[:, None])  # V
         update(one)
         _step_size_(one, held, radial)
-        length.copy_(_norms(matrix))
+        length.copy_(_norms(matrix, layout))
         matrix.mul_(torch.where(size > 0, _ratio(size, length), 1.0)[:, None])
         size.copy_(torch.where(size > 0, size, length))  # a row of zeros starts where its first step leads
 
@@ -82,7 +86,7 @@ def _tangential_(one: Bucket, matrix: Tensor, size: Tensor, length: Tensor) -> T
     grad = one.grads[0]
     unit = matrix / torch.where(size > 0, size, 1.0)[:, None]
     flat = grad.reshape(matrix.shape)
-    radial: Tensor = torch.linalg.vecdot(flat, unit)
+    radial = one.layout.natural.sum_cols(torch.linalg.vecdot(flat, unit))
     tangential = unit.mul_(-radial[:, None]).add_(flat).mul_(_ratio(size, length)[:, None])
     one.grads[0] = tangential.view(grad.shape)
     return radial
@@ -96,14 +100,17 @@ def _step_size_(one: Bucket, held: State, radial: Tensor) -> None:
     moments = {name.removeprefix(PREFIX): value for name, value in held.items() if name.startswith(PREFIX)}
     direction = torch.empty_like(radial)
     signed = -radial if one.hyper.maximize else radial
-    run_rule(one, Work([signed], [moments], [t], [size], [direction]), [(one.positions[0], t)])
+    lies = sides.per_row(one.layout)
+    work = Work([signed], [moments], [t], [size], [direction], layout=lies, weighs=lies)
+    run_rule(one, work, [(one.positions[0], t)])
     lr, decay = rates(one, 0)
     size.mul_(decay).sub_(direction.mul_(lr))
 
 
-def _norms(matrix: Tensor) -> Tensor:
+def _norms(matrix: Tensor, layout: Layout) -> Tensor:
+    """Norms of whole rows, of which this rank has some, or a piece of each."""
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=1)
-    return norms
+    return layout.sum_cols(norms.square()).sqrt() if layout.cols else norms
 
 
 def _ratio(one: Tensor, other: Tensor) -> Tensor:
