@@ -15,7 +15,7 @@ PACKAGES = {
 
 BENCH = ["transformers>=4.45", "datasets>=2.20", "safetensors", "typer>=0.12", "rich", "matplotlib"]
 TRITON = ["triton>=3.1; platform_system == 'Linux'"]
-TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "expecttest", "accelerate", "lightning"]
+TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "expecttest", "accelerate", "lightning", "sybil>=9", "pdoc>=15"]
 
 setup(
     name="lowmem",
