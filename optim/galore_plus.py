@@ -66,6 +66,8 @@ class GaLorePlus(SubspaceOptimizer):
     takes up at S what the low-rank one loses, its second moment stays. So do the values of density and warm-up.
     """
 
+    shards = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -94,7 +96,7 @@ class GaLorePlus(SubspaceOptimizer):
 
     def update(self, b: Bucket) -> None:
         """One step of GaLore+ on a bucket of same-shape matrices."""
-        support = sparse.Support.of(self.param_groups[b.plan.group], b.view)
+        support = sparse.Support.of(self.param_groups[b.plan.group], b.whole)
         with sparse.rebased(b, support):
             refresh(b)  # P_t, every T steps                     (b, r)
         low = project(b)  # R_t = A_t P_t                        (k, a, r)

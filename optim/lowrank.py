@@ -90,7 +90,7 @@ class LowRank(SubspaceOptimizer):
     def update(self, b: Bucket) -> None:
         """One step on a bucket of same-shape matrices."""
         group = self.param_groups[b.plan.group]
-        support = _support(group, b.view)
+        support = _support(group, b.whole)
         with sparse.rebased(b, support):
             refresh(b)  # P_t, every T steps              (b, r)
         low = project(b)  # R_t = A_t P_t                 (k, a, r)

@@ -21,7 +21,6 @@ from lowmem.optim import (
     Flora,
     Frugal,
     GaLore,
-    GaLorePlus,
     LowRank,
     OnlineSubspaceDescent,
     SubspaceAccumulator,
@@ -218,7 +217,6 @@ def test_bf16_weights_are_rounded_by_their_place_in_the_whole(name: str, roundin
         (lambda p: GaLore(p, rank=RANK, projector="dct"), 1, "projector='dct' chooses among .*kept_shard"),
         (lambda p: GaLore(p, rank=RANK, basis_dtype="int8"), 1, "basis_dtype='int8' has scales .*kept_shard"),
         (lambda p: Frugal(p, density=0.5, projector="randk"), 0, "projector='randk' needs whole matrices"),
-        (lambda p: GaLorePlus(p, rank=RANK), 0, "sharded parameters .*, which GaLorePlus does not step yet"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_with_a_way_out(build: Build, dim: int, message: str) -> None:
@@ -450,10 +448,6 @@ def test_a_step_before_any_gradient_does_nothing() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (
-            lambda p: LowRank(p, rank=RANK, residual="exact", residual_density=0.1),
-            "residual='exact' keeps single entries",
-        ),
         (
             lambda p: Adafactor([q for q in p if q.ndim > 1], lr=LR),
             "second dimension is cut into 2 pieces of unequal",

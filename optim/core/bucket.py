@@ -15,6 +15,7 @@ from .basis import Basis, State
 from .hyper import Hyper
 from .layout import Layout
 from .rules import RULES, Rule
+from .segments import Segments
 from .target import writing
 from .view import MatrixView
 
@@ -85,6 +86,8 @@ class Bucket:
     """Whether the basis was found in this step."""
     usable: list[Tensor] = field(default_factory=list)
     """Whether R was finite, 0-d each, known once it is made."""
+    stored: list[State] = field(default_factory=list)
+    """The states as the optimizer keeps them, of which `states` are this rank's pieces."""
 
     @property
     def view(self) -> MatrixView:
@@ -120,7 +123,10 @@ class Bucket:
     @property
     def basis(self) -> Basis:
         """How the bases are kept and multiplied."""
-        return self.hyper.basis
+        basis = self.hyper.basis
+        if isinstance(basis, Segments) and not self.layout.alone:
+            return basis.of(self.whole.b, self.mine).within(self.layout.kept(self.view))
+        return basis
 
     @property
     def rule(self) -> Rule:

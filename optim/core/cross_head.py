@@ -5,30 +5,25 @@
     R = A P                                                                                          (h dk, r)
 
 A refresh multiplies with `dk x d` in the place of `h dk x d`. Where r > dk, ceil(r / dk) heads are stacked. A fused
-weight is described by ranges of its rows, each with heads and a basis of its own: `Segments`.
+weight is described by ranges of its rows, each with heads and a basis of its own: `segments`.
+
+A sharded head is a weight of its own, whose rows lie on the ranks that have them, few or none: nothing is gathered.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ...kernels import random
-from ...kernels.project_back import piece
-from ...kernels.rounding import Target
-from .basis import DENSE, Bases, Basis, State, Step
-from .change import Change, Turn
-from .layout import ALONE, Layout
-from .spec import Spec
-from .view import MatrixView
+from .basis import DENSE, Bases
 
 if TYPE_CHECKING:
-    from .hyper import Hyper
     from .projector import Request
 
 Heads = int | tuple[tuple[int, int | None], ...]
@@ -45,135 +40,98 @@ def cross_head(search: Callable[[Request], Bases], request: Request) -> Bases:
         search: Finds the leading subspace of a block of rows.
         request: The whole weight's.
     """
-    if request.layout.rows:
-        raise NotImplementedError("projector='cross_head' needs whole heads, got sharded rows: choose 'sketch'")
     if request.hyper is None or request.hyper.num_heads is None:
         raise TypeError("projector='cross_head' got no num_heads")
     if isinstance(heads := request.hyper.num_heads, int):
-        return _of_heads(search, request, heads)
-    blocks = torch.split(request.matrix, [rows for rows, _ in heads])
-    found = []
-    for position, (block, (rows, count)) in enumerate(zip(blocks, heads, strict=True)):
-        own = replace(
-            request,
-            matrix=block,
-            view=replace(request.view, m=rows),
-            seed=random.mix(request.seed, position),
-            old=None if request.old is None else request.old[position],
-        )
-        found.append(_of_heads(search, own, count or 1).basis)
-    return Bases(torch.stack(found))
+        return _of_heads(search, request, range(request.whole.a), heads)
+    mine = request.layout.projected(request.view)
+    found, first = [], 0
+    for position, (rows, count) in enumerate(heads):
+        old = None if request.old is None else request.old[position, mine.start : mine.stop]
+        own = replace(request, seed=random.mix(request.seed, position), old=old)
+        found.append(_of_heads(search, own, range(first, first + rows), count or 1).basis)
+        first += rows
+    return Bases(_all_rows(torch.stack(found), request))
 
 
-def _of_heads(search: Callable[[Request], Bases], request: Request, heads: int) -> Bases:
-    """Search in the chosen heads among those whose gradient is not zero; without any, keep the basis."""
-    view, dtype = request.view, request.scale.dtype
-    blocks = request.matrix.reshape(heads, -1, view.b)  # (h, dk, d)
-    peaks = torch.maximum(blocks.amax((1, 2)), -blocks.amin((1, 2))).to(dtype)
+def _of_heads(search: Callable[[Request], Bases], request: Request, rows: range, heads: int) -> Bases:
+    """Search in the chosen heads of some rows among those whose gradient is not zero; without any, keep the basis."""
+    size, dtype = len(rows) // heads, request.scale.dtype
+    peaks = request.layout.max_all(_by_head(request, rows, heads, "amax")).to(dtype)
     alive = (peaks >= torch.finfo(dtype).tiny).tolist()
-    order = [head for head in _order(request, blocks) if alive[head]]
-    chosen = sorted(order[: math.ceil(view.rank / blocks.shape[1])])
+    order = [head for head in _order(request, rows, heads) if alive[head]]
+    chosen = sorted(order[: math.ceil(request.view.rank / size)])
     if not chosen:
-        old = request.old
-        return Bases(DENSE.arbitrary(view, request.seed, blocks.device).basis.to(dtype) if old is None else old)
-    if heads == 1:
-        return search(replace(request, scale=peaks[0]))
-    matrix = blocks[chosen].flatten(0, 1)  # (c dk, d)
-    return Bases(
-        search(replace(request, matrix=matrix, view=replace(view, m=len(matrix)), scale=peaks[chosen].amax())).basis
+        return Bases(_arbitrary(request).to(dtype) if request.old is None else request.old)
+    starts = [rows.start + head * size for head in chosen]
+    found = search(_stack(request, starts, size, peaks[chosen].amax()))
+    return found if heads == 1 else Bases(found.basis)
+
+
+def _stack(request: Request, starts: list[int], size: int, scale: Tensor) -> Request:
+    """The request of a weight that has only some heads, of which this rank has the rows that it has of the whole."""
+    layout, kept = request.layout, request.layout.kept(request.view)
+    parts, first = [], 0
+    for position, start in enumerate(starts):
+        low, high = max(start, kept.start), min(start + size, kept.stop)
+        if low < high:
+            first = first if parts else position * size + low - start
+            parts.append(request.matrix[low - kept.start : high - kept.start])
+    matrix = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else request.matrix[:0]
+    if layout.box is not None:
+        layout = replace(layout, box=layout.box._replace(row=first, m=len(matrix)))
+    return replace(
+        request,
+        matrix=matrix,
+        scale=scale,
+        view=replace(request.view, m=len(matrix)),
+        whole=replace(request.whole, m=len(starts) * size),
+        layout=layout,
     )
 
 
-def _order(request: Request, blocks: Tensor) -> list[int]:
+def _by_head(request: Request, rows: range, heads: int, how: str) -> Tensor:
+    """The largest entry ("amax") or the squared norm ("sum") of every head (h,), of this rank's piece."""
+    kept = request.layout.kept(request.view)
+    low, high = max(rows.start, kept.start), max(rows.start, min(rows.stop, kept.stop))
+    block = request.matrix[low - kept.start : high - kept.start] if low < high else request.matrix[:0]
+    if how == "sum":
+        of_rows = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).square()
+    elif block.numel():
+        of_rows = torch.maximum(block.amax(1), -block.amin(1))
+    else:  # which has no largest entry
+        of_rows = block.new_zeros(len(block))
+    head = torch.arange(low, low + len(block), device=block.device).sub_(rows.start) // (len(rows) // heads)
+    return of_rows.new_zeros(heads).scatter_reduce_(0, head, of_rows, how)
+
+
+def _order(request: Request, rows: range, heads: int) -> list[int]:
     """All heads, in the order in which they are taken."""
-    heads, how = len(blocks), "first" if request.hyper is None else request.hyper.head_select
+    how = "first" if request.hyper is None else request.hyper.head_select
     if how == "random":
         return [int(head) for head in random.bits(random.mix(request.seed, 1), range(1), heads)[0].argsort()]
     if how == "max_norm":
-        norms = torch.linalg.vector_norm(blocks, dim=(1, 2), dtype=torch.float64)
-        return [int(head) for head in norms.argsort(descending=True, stable=True)]
-    taken = math.ceil(request.view.rank / blocks.shape[1])
+        squares = request.layout.sum_all(_by_head(request, rows, heads, "sum"))
+        return [int(head) for head in squares.argsort(descending=True, stable=True)]
+    taken = math.ceil(request.view.rank / (len(rows) // heads))
     start = request.done * taken if how == "cycle" else 0
     return [(start + position) % heads for position in range(heads)]
 
 
-@dataclass(frozen=True)
-class Split(Change):
-    """A change of basis of its own for every range of rows."""
-
-    turns: tuple[Turn, ...]
-    sizes: tuple[int, ...]
-
-    def first(self, moment: Tensor) -> Tensor:
-        """Range by range."""
-        parts = torch.split(moment, list(self.sizes))
-        return torch.cat([turn.first(part) for turn, part in zip(self.turns, parts, strict=True)])
-
-    def second(self, moment: Tensor) -> Tensor:
-        """Range by range."""
-        parts = torch.split(moment, list(self.sizes))
-        return torch.cat([turn.second(part) for turn, part in zip(self.turns, parts, strict=True)])
-
-    def rows(self, row: Tensor) -> Tensor:
-        """Rows stay."""
-        return row
-
-    def cols(self, col: Tensor) -> Tensor:
-        """Column statistics belong to one basis."""
-        raise TypeError("column statistics are shared by rows of different bases")
-
-    def overlap(self) -> Tensor:
-        """The mean over the ranges."""
-        return torch.stack([turn.overlap() for turn in self.turns]).mean()
+def _arbitrary(request: Request) -> Tensor:
+    """This rank's rows of a basis from the seed."""
+    mine = request.layout.projected(request.view)
+    return DENSE.arbitrary(request.whole, request.seed, request.matrix.device).basis[mine.start : mine.stop]
 
 
-@dataclass(frozen=True)
-class Segments(Basis):
-    """A basis for every range of rows of a fused weight, `W = [W_1; ...; W_s]`: P is (s, b, r).
-
-    Args:
-        sizes: Rows of every range.
-    """
-
-    sizes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, ranges: tuple[tuple[int, int | None], ...]) -> Segments:
-        """Read them from `num_heads`."""
-        return cls(tuple(rows for rows, _ in ranges))
-
-    def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
-        """`s b r` elements in the weight's dtype."""
-        return {"basis": Spec((len(self.sizes), view.b, view.rank), param.dtype, param.device)}
-
-    def arbitrary(self, view: MatrixView, seed: int, device: torch.device) -> Bases:
-        """Random orthonormal columns, others for every range."""
-        seeds = [random.mix(seed, position) for position in range(len(self.sizes))]
-        return Bases(torch.stack([DENSE.arbitrary(view, own, device).basis for own in seeds]))
-
-    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Change:
-        """Overlaps of old and new directions, range by range."""
-        pairs = zip(held["basis"], new.basis, strict=True)
-        return Split(tuple(DENSE.change({"basis": old}, Bases(found)) for old, found in pairs), self.sizes)
-
-    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
-        """`R_j = A_j P_j`."""
-        sizes = list(self.sizes)
-        for block, basis, low in zip(torch.split(matrix, sizes), held["basis"], torch.split(out, sizes), strict=True):
-            DENSE.project(block, {"basis": basis}, gemm, low)
-
-    def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
-        """`W_j <- decay W_j + alpha (N_j P_j^T + residual)`."""
-        first = 0
-        for size, basis in zip(self.sizes, held["basis"], strict=True):
-            rows, first = slice(first, first + size), first + size
-            part = step._replace(move=step.move._replace(residual=piece(step.move.residual, rows, slice(None))))
-            DENSE.project_back_(target.part(rows), direction[rows], {"basis": basis}, part)
-
-    def across(self, held: State, rows: Tensor, cols: Tensor) -> Tensor:
-        """Rows of P by range and column."""
-        ends = torch.tensor(self.sizes, device=rows.device).cumsum(0)
-        return held["basis"][torch.searchsorted(ends, rows, right=True), cols]
+def _all_rows(bases: Tensor, request: Request) -> Tensor:
+    """All rows of bases (s, b, r) where the projected side is sharded: each rank has its own, and they are summed."""
+    if not request.layout.cols:
+        return bases
+    mine = request.layout.projected(request.view)
+    whole = bases.new_zeros(len(bases), request.whole.b, bases.shape[2])
+    whole[:, mine.start : mine.stop] = bases
+    return request.layout.sum_cols(whole)
 
 
 def frozen(heads: Any) -> Heads | None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...kernels.blockwise import FORMATS
 from .basis import Basis
-from .cross_head import Heads, Segments, frozen
+from .cross_head import Heads, frozen
 from .projector import PROJECTORS, Projector
+from .segments import Segments
 from .view import SIDES, rank_of
 
 ALIASES = {
@@ -104,7 +105,7 @@ class Hyper:
     @property
     def basis(self) -> Basis:
         """How the basis is kept: the projector's way, for a fused weight one for every range of rows."""
-        return Segments.of(self.num_heads) if isinstance(self.num_heads, tuple) else self.chooses.basis
+        return Segments.read(self.num_heads) if isinstance(self.num_heads, tuple) else self.chooses.basis
 
     @property
     def side(self) -> str:

@@ -184,6 +184,7 @@ class Lifecycle(Groups):
             bucket.params.append(local(param))
             bucket.grads.append(plan.layout.piece(grad))
             bucket.states.append(self._piece(param, held, plan.layout))
+            bucket.stored.append(held)
             bucket.positions.append(position)
             bucket.offsets.append(offset)
             bucket.ready.append(ready)

@@ -167,8 +167,8 @@ def official_svd(request: Request) -> Bases:
 
 
 def own_piece(found: Bases, view: MatrixView, layout: Layout) -> Bases:
-    """This rank's rows of whole bases, `view` being that of its piece; indices it has all of."""
-    if not found.basis.is_floating_point():
+    """This rank's rows of a whole basis, `view` being that of its piece; indices, and stacks of bases, it has all of."""
+    if found.basis.ndim != 2:
         return found
     mine, kept = layout.projected(view), layout.kept(view)
     left = None if found.left is None else found.left[kept.start : kept.stop]

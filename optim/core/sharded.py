@@ -65,9 +65,7 @@ def _projected(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> st
         return None
     if view.full:
         return "proj_type='full' has no side that is kept: choose proj_type='std'"
-    if group.get("residual") in ("exact", "additive"):
-        return f"residual={group['residual']!r} keeps single entries of the whole: choose 'norm' or 'signsgd'"
-    if projector is None or projector.side == "flat" or group.get("num_heads") is not None:
+    if projector is None or projector.side == "flat":
         return f"projector={group.get('projector')!r} needs whole matrices: choose 'sketch', or 'columns'"
     if not layout.cols:
         return None

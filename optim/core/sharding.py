@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-AXES = ("param", "m", "n", "kept", "basis", "projected", "")
+AXES = ("param", "m", "n", "kept", "basis", "projected", "entries", "")
 """What the rows of a state are: `param` all dimensions of the parameter, `m` and `n` its rows and columns as a matrix,
-`kept` the rows of R, `basis` the rows of P, which may be spread, `projected` what has those rows and is not, and
-nothing of it where every rank has all."""
+`kept` the rows of R, `basis` the rows of P, which may be spread, `projected` what has those rows and is not, `entries`
+single entries, dealt out evenly wherever they lie, and nothing of it where every rank has all."""
 
 
 class Box(NamedTuple):
@@ -80,6 +80,12 @@ class Sharding:
         return tuple(
             self.mesh.get_group(index) for index, placement in enumerate(self.placements) if shard_dim(placement) == dim
         )
+
+    @property
+    def everywhere(self) -> tuple[Any, ...]:
+        """Process groups over which it is sharded, in the order of the mesh."""
+        sharded = (index for index, placement in enumerate(self.placements) if shard_dim(placement) is not None)
+        return tuple(self.mesh.get_group(index) for index in sharded)
 
     def box(self) -> Box:
         """The local piece."""

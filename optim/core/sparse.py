@@ -9,85 +9,42 @@
 
 E is formed at S only, and for dM in the buffer itself. Where the basis changes, `dM + back(M)`, the first moment of the
 whole gradient, does not: both dM and the additive first moment at S take up what `back(M)` loses.
+
+Where a weight is sharded, each rank sees the entries in its piece and keeps the moments of its share of S: indices are
+gathered, gradients dealt out, directions gathered, k numbers each in a step, whatever the number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...kernels.reference import Move
 from ...kernels.rounding import Target
-from . import codec
+from . import codec, entries
 from .apply import rates, run_rule
 from .basis import DENSE, Dense, State, Step
 from .bucket import Bucket
-from .cross_head import Segments
-from .hyper import Hyper
-from .projector import PROJECTORS
+from .entries import Place
 from .rules import Work
-from .spec import Spec, counter
+from .segments import Segments
+from .sharding import local
 from .state import zeros
-from .view import MatrixView
+from .support import AVERAGE, INDEX, MOMENTS, PREFIX, STEP, WARMUP, Support, check
 
-AVERAGE, INDEX = "residual_avg", "residual_index"
-"""dM while the support is not chosen, S from then on: the names in a state tell its phase."""
-WARMUP, STEP = "residual_warmup_step", "residual_step"
-"""Steps of the warm-up, and steps that S has seen, which correct the bias of its moments."""
-PREFIX, MOMENTS = "residual_", ("exp_avg", "exp_avg_sq")
-"""Moments at S: the names of Adam's with this prefix."""
+__all__ = ["AVERAGE", "INDEX", "MOMENTS", "PREFIX", "STEP", "WARMUP", "Support", "check"]
+__all__ += ["Entries", "rebased", "residual", "write_"]
 
 GATHER = 1 << 20
 """Elements of R, and of P, that are gathered at a time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Support:
-    """What is kept of a residual.
-
-    Args:
-        mode: "exact", "additive", or None for nothing.
-        count: k.
-        warmup: Steps of the warm-up; none where every entry is kept.
-        size: Entries of the weight.
-    """
-
-    mode: str | None
-    count: int
-    warmup: int
-    size: int
-
-    @classmethod
-    def of(cls, group: Mapping[str, Any], view: MatrixView) -> Support:
-        """Read it from the options of a group; the warm-up ends with the first interval."""
-        size = view.m * view.n
-        count = round(group["residual_density"] * size)
-        warmup = 0 if count == size else min(group["residual_warmup"], group["update_proj_gap"])
-        return cls(group["residual"] if count else None, count, warmup, size)
-
-    def specs(self, param: Tensor, view: MatrixView, hyper: Hyper, *, chosen: bool) -> dict[str, Spec]:
-        """Describe the state: `m n` elements before S is chosen, then `chosen`."""
-        counters = {WARMUP: counter(), STEP: counter()}
-        if self.warmup and not chosen:
-            return counters | {AVERAGE: Spec((view.m, view.n), codec.work_dtype(param.dtype), param.device)}
-        return counters | self.chosen(param, hyper)
-
-    def chosen(self, param: Tensor, hyper: Hyper) -> dict[str, Spec]:
-        """Describe S and its moments: k indices of 4 bytes, two moments of k elements."""
-        integer = torch.int32 if self.size < 1 << 31 else torch.int64
-        described = {INDEX: Spec((self.count,), integer, param.device)}
-        for name in MOMENTS:
-            described |= codec.specs(PREFIX + name, (self.count,), param, hyper.state_dtype)
-        return described
-
-
 class Entries(NamedTuple):
-    """New values (k,) of some entries of a weight, or what is added to them, at flat indices (k,)."""
+    """New values (k,) of some entries of a weight, or what is added to them, at flat indices (k,) of this piece."""
 
     position: int
     where: Tensor
@@ -104,33 +61,34 @@ def rebased(b: Bucket, support: Support) -> Iterator[None]:
             due.append((index, float(held["refreshes"])))
     rotates = b.hyper.carry == "rotate"
     for index, _ in due if rotates else ():
-        _shift_(b, index, 1.0)
+        _shift_(b, index, 1.0, support)
     yield
     for index, before in due:
         held = b.states[index]
         if rotates:
-            _shift_(b, index, -1.0)
+            _shift_(b, index, -1.0, support)
         elif b.hyper.carry == "reset" and held["refreshes"] > before:
             for name in {AVERAGE, STEP, *(PREFIX + name for name in MOMENTS)} & held.keys():
                 codec.zero_(held, name)
 
 
-def _shift_(b: Bucket, index: int, sign: float) -> None:
+def _shift_(b: Bucket, index: int, sign: float, support: Support) -> None:
     """`dM <- dM + sign back(M)`."""
     held = b.states[index]
     stored, name = b.hyper.state_dtype, PREFIX + "exp_avg"
-    moment = codec.load(held, "exp_avg", stored, b.dtype)
+    moment = b.layout.gather(codec.load(held, "exp_avg", stored, b.dtype)[None], b.view.a)[0]
     if AVERAGE in held:
         _add_back_(b, index, moment, (1.0, sign))
-    else:
-        shifted = codec.load(held, name, stored, b.dtype).add(_at(b, held, moment), alpha=sign)
-        codec.store(held, name, shifted, stored)
+        return
+    (place,) = _places(b, [held], support)
+    lost = entries.deal([place.among(_at(b, held, moment, place), support.count)], b.layout)[0]
+    codec.store(held, name, codec.load(held, name, stored, b.dtype).add(lost, alpha=sign), stored)
 
 
 def _add_back_(b: Bucket, index: int, low: Tensor, rates: tuple[float, float]) -> None:
     """`dM <- decay dM + alpha back(R)`."""
     held, (decay, alpha) = b.states[index], rates
-    step = Step(Move(decay, alpha, b.dtype), b.view.transposed, b.hyper.backend)
+    step = Step(Move(decay, alpha, b.dtype), b.view.transposed, b.hyper.backend, b.mine)
     b.basis.project_back_(Target(held[AVERAGE]), low, held, step)
 
 
@@ -153,20 +111,21 @@ def residual(b: Bucket, low: Tensor, support: Support) -> list[Entries]:
     if any(ready is not None for ready in b.ready):
         raise NotImplementedError("a sparse residual needs the full gradient, got a projected one: pass residual=None")
     chosen = [index for index, held in enumerate(b.states) if INDEX in held]
+    if support.mode == "additive" or len(chosen) < len(b.states):
+        low = b.layout.gather(low, b.view.a)
     for index, held in enumerate(b.states):
         if AVERAGE in held:
             _learn_(b, index, low[index], support)
     return _directions(b, low, chosen, support) if chosen else []
 
 
-def write_(b: Bucket, entries: list[Entries], support: Support) -> None:
+def write_(b: Bucket, written: list[Entries], support: Support) -> None:
     """Write the entries at S into weights after their low-rank step."""
-    for position, where, values in entries:
-        at = where.long()
+    for position, where, values in written:
         for target in b.only(position).targets():
-            chosen = target.take(at)
+            chosen = target.take(where)
             chosen.write(values[None] if support.mode == "exact" else chosen.read().add_(values))
-            target.put_at(chosen, at)
+            target.put_at(chosen, where)
 
 
 def _learn_(b: Bucket, index: int, low: Tensor, support: Support) -> None:
@@ -178,30 +137,55 @@ def _learn_(b: Bucket, index: int, low: Tensor, support: Support) -> None:
     dense.add_(_or_zero(matrix, usable), alpha=beta1 - 1 if b.hyper.maximize else 1 - beta1)
     held[WARMUP] += 1
     if held[WARMUP] >= support.warmup:
-        largest = held.pop(AVERAGE).abs_().view(-1).topk(support.count).indices
-        held.update(zeros(support.chosen(b.params[index], b.hyper)))
-        held[INDEX].copy_(largest.sort().values)
+        _choose_(b, index, support)
+
+
+def _choose_(b: Bucket, index: int, support: Support) -> None:
+    """Put S and its moments in the place of dM."""
+    held, stored = b.states[index], b.stored[index]
+    found = entries.largest(held[AVERAGE].abs_(), support.count, b.whole.n, b.layout)
+    made = zeros(support.chosen(b.params[index], b.hyper), b.layout)
+    stored.pop(AVERAGE)
+    stored.update(made)
+    held.pop(AVERAGE, None)  # of a sharded weight, whose pieces share the memory of what is stored
+    held.update({name: local(value) for name, value in made.items()})
+    held[INDEX].copy_(found)
 
 
 def _directions(b: Bucket, low: Tensor, chosen: list[int], support: Support) -> list[Entries]:
     """One step of Adam at S of some weights of the bucket: one launch for all."""
-    states = [b.states[index] for index in chosen]
+    states, mine = [b.states[index] for index in chosen], entries.share(support.count, b.layout)
     torch._foreach_add_([held[STEP] for held in states], 1)
     counts = [int(held[STEP]) for held in states]
-    grads = [_seen(b, index, low[index], support) for index in chosen]
-    moments = [_unprefixed(held) for held in states]
+    for held, count in zip(states, counts, strict=True):
+        if support.count == support.size and count == 1:
+            torch.arange(mine.start, mine.start + len(held[INDEX]), out=held[INDEX])
+    places = _places(b, states, support)
+    seen = [_seen(b, index, low[index], place, support) for index, place in zip(chosen, places, strict=True)]
+    grads = entries.deal(seen, b.layout)
     out = [torch.empty_like(grad) for grad in grads]
     keys: list[tuple[int, ...]] = [(b.positions[index], t, 1) for index, t in zip(chosen, counts, strict=True)]
+    keys = [(*key, mine.start) for key in keys] if mine.start else keys
+    moments = [_unprefixed(held) for held in states]
     run_rule(b, Work(grads, moments, counts, [b.params[index] for index in chosen], out), keys)
-    entries = []
-    for index, held, direction in zip(chosen, states, out, strict=True):
-        lr, decay = rates(b, index)
-        values = direction.mul_(-lr * b.hyper.scale)
-        if support.mode == "exact":
-            for target in b.only(index).targets():
-                values.add_(target.take(held[INDEX].long()).read()[0].mul_(decay))
-        entries.append(Entries(index, held[INDEX], values))
-    return entries
+    whole = entries.collect(out, support.count, b.layout)
+    return [_step(b, index, *each, support) for index, *each in zip(chosen, places, whole, strict=True)]
+
+
+def _step(b: Bucket, index: int, place: Place, direction: Tensor, support: Support) -> Entries:
+    """What a direction (k,) makes of the entries in this piece of a weight."""
+    lr, decay = rates(b, index)
+    values = place.of(direction).mul_(-lr * b.hyper.scale)
+    if support.mode == "exact":
+        for target in b.only(index).targets():
+            values.add_(target.take(place.flat).read()[0].mul_(decay))
+    return Entries(index, place.flat, values)
+
+
+def _places(b: Bucket, states: list[State], support: Support) -> list[Place]:
+    """Where the entries S of some weights of the bucket lie."""
+    found = entries.collect([held[INDEX] for held in states], support.count, b.layout)
+    return [entries.locate(index, b.whole.n, b.layout) for index in found]
 
 
 def _unprefixed(held: State) -> State:
@@ -210,30 +194,28 @@ def _unprefixed(held: State) -> State:
     return {name: held[PREFIX + name] for name in names if PREFIX + name in held}
 
 
-def _seen(b: Bucket, index: int, low: Tensor, support: Support) -> Tensor:
-    """G_S or E_S (k,); a bad gradient counts as zero."""
-    held = b.states[index]
-    if support.count == support.size and held[STEP] == 1:
-        torch.arange(support.size, out=held[INDEX])
-    values = torch.take(b.grads[index], held[INDEX].long()).to(b.dtype)
+def _seen(b: Bucket, index: int, low: Tensor, place: Place, support: Support) -> Tensor:
+    """G_S or E_S (k,), zero outside of this piece; a bad gradient counts as zero."""
+    values = torch.take(b.grads[index], place.flat).to(b.dtype)
     if b.hyper.maximize:
         values.neg_()
     if support.mode == "additive":
-        values.sub_(_at(b, held, low))
-    return _or_zero(values, b.usable[index] & torch.linalg.vector_norm(values).isfinite())
+        values.sub_(_at(b, b.states[index], low, place))
+    sound = _or_zero(values, b.usable[index] & torch.linalg.vector_norm(values).isfinite())
+    return place.among(sound, support.count)
 
 
-def _at(b: Bucket, held: State, thin: Tensor) -> Tensor:
-    """`(R P^T)_S` (k,) for a thin R (a, r), in pieces: rows of R against rows of P."""
+def _at(b: Bucket, held: State, thin: Tensor, place: Place) -> Tensor:
+    """`(R P^T)_S` for a thin R (a, r), in pieces: rows of R against rows of P."""
     view, basis = b.view, b.basis
     if not isinstance(basis, (Dense, Segments)):
         raise TypeError(f"the entries of a product with {type(basis).__name__} are not known")
     left = DENSE.left(held, b.dtype)
     if left is not None:
         thin = left @ thin  # (a, r)
-    found = []
-    for part in torch.split(held[INDEX].long(), max(1, GATHER // view.rank)):
-        row, col = part // view.n, part % view.n
+    found, width = [], max(view.n, 1)
+    for part in torch.split(place.flat, max(1, GATHER // view.rank)):
+        row, col = part // width, part % width
         rows, cols = (col, row) if view.transposed else (row, col)
         found.append(thin[rows].mul_(basis.across(held, rows, cols)).sum(1))
     return torch.cat(found)
@@ -243,28 +225,3 @@ def _or_zero(tensor: Tensor, usable: Tensor) -> Tensor:
     if usable.device.type != "cpu":
         return torch.where(usable, tensor, 0.0)  # asking would synchronise
     return tensor if usable else torch.zeros_like(tensor)
-
-
-def check(group: Mapping[str, Any]) -> None:
-    """Validate the options of a residual.
-
-    Raises:
-        ValueError: They are out of range, or the group's rule or projector cannot have one.
-    """
-    density, warmup = group["residual_density"], group["residual_warmup"]
-    if not 0.0 <= density <= 1.0:
-        raise ValueError(f"Invalid residual_density: {density}; need a share between 0 and 1")
-    if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 1:
-        raise ValueError(f"Invalid residual_warmup: {warmup!r}; need an integer of at least 1")
-    if group["residual"] is None or density == 0:
-        return
-    if group["rule"] != "adamw":
-        raise ValueError(
-            f"rule={group['rule']!r}: the residual keeps Adam's two moments; pass rule='adamw', or residual=None"
-        )
-    projector = PROJECTORS[group["projector"]]
-    if group["residual"] == "additive" and (projector.basis is not DENSE or projector.follows):
-        raise ValueError(
-            f"projector={group['projector']!r}: the additive residual needs a dense basis that stays between "
-            "refreshes; pass projector='sketch', or residual='exact'"
-        )

@@ -1,0 +1,134 @@
+"""A basis for every range of rows of a fused weight, as of query, key and value in one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...kernels import random
+from ...kernels.project_back import piece
+from ...kernels.rounding import Target
+from .basis import DENSE, Bases, Basis, State, Step
+from .change import Change, Turn
+from .layout import ALONE, Layout, share
+from .spec import Spec
+from .view import MatrixView
+
+if TYPE_CHECKING:
+    from .hyper import Hyper
+
+
+@dataclass(frozen=True)
+class Split(Change):
+    """A change of basis of its own for every range of rows."""
+
+    turns: tuple[Turn, ...]
+    sizes: tuple[int, ...]
+
+    def first(self, moment: Tensor) -> Tensor:
+        """Range by range."""
+        parts = torch.split(moment, list(self.sizes))
+        return torch.cat([turn.first(part) for turn, part in zip(self.turns, parts, strict=True)])
+
+    def second(self, moment: Tensor) -> Tensor:
+        """Range by range."""
+        parts = torch.split(moment, list(self.sizes))
+        return torch.cat([turn.second(part) for turn, part in zip(self.turns, parts, strict=True)])
+
+    def rows(self, row: Tensor) -> Tensor:
+        """Rows stay."""
+        return row
+
+    def cols(self, col: Tensor) -> Tensor:
+        """Column statistics belong to one basis."""
+        raise TypeError("column statistics are shared by rows of different bases")
+
+    def overlap(self) -> Tensor:
+        """The mean over the ranges."""
+        return torch.stack([turn.overlap() for turn in self.turns]).mean()
+
+
+@dataclass(frozen=True)
+class Segments(Basis):
+    """A basis for every range of rows of a fused weight, `W = [W_1; ...; W_s]`: P is (s, b, r).
+
+    All ranks have all of it where the weight is sharded.
+
+    Args:
+        sizes: Rows of every range, of a piece of the weight those that it has.
+        mine: The projected coordinates of a piece; None where it has all.
+    """
+
+    splits = True
+
+    sizes: tuple[int, ...]
+    mine: range | None = None
+
+    @classmethod
+    def read(cls, ranges: tuple[tuple[int, int | None], ...]) -> Segments:
+        """Read them from `num_heads`."""
+        return cls(tuple(rows for rows, _ in ranges))
+
+    def of(self, size: int, mine: range | None) -> Segments:
+        """Those of a piece that has some of the projected coordinates."""
+        return replace(self, mine=mine)
+
+    def within(self, kept: range) -> Segments:
+        """Those of a piece that has some of the rows."""
+        return replace(self, sizes=tuple(_within(self.sizes, kept)))
+
+    def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
+        """`s b r` elements in the weight's dtype."""
+        return {"basis": Spec((len(self.sizes), view.b, view.rank), param.dtype, param.device)}
+
+    def arbitrary(self, view: MatrixView, seed: int, device: torch.device) -> Bases:
+        """Random orthonormal columns, others for every range."""
+        seeds = [random.mix(seed, position) for position in range(len(self.sizes))]
+        return Bases(torch.stack([DENSE.arbitrary(view, own, device).basis for own in seeds]))
+
+    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Change:
+        """Overlaps of old and new directions, range by range."""
+        sizes, pairs = self.sizes, zip(held["basis"], new.basis, strict=True)
+        if layout.dealt:  # moments have other rows than the piece
+            mine = share(sum(sizes), layout.cols[0])
+            sizes = tuple(_within(sizes, range(mine.start, mine.stop)))
+        return Split(tuple(DENSE.change({"basis": old}, Bases(found)) for old, found in pairs), sizes)
+
+    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
+        """`R_j = A_j P_j`."""
+        for rows, basis in self._parts(held):
+            DENSE.project(matrix[rows], {"basis": basis}, gemm, out[rows])
+
+    def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
+        """`W_j <- decay W_j + alpha (N_j P_j^T + residual)`."""
+        for rows, basis in self._parts(held):
+            part = step._replace(move=step.move._replace(residual=piece(step.move.residual, rows, slice(None))))
+            DENSE.project_back_(target.part(rows), direction[rows], {"basis": basis}, part)
+
+    def across(self, held: State, rows: Tensor, cols: Tensor) -> Tensor:
+        """Rows of P by range and column."""
+        ends = torch.tensor(self.sizes, device=rows.device).cumsum(0)
+        return self._mine(held["basis"])[torch.searchsorted(ends, rows, right=True), cols]
+
+    def _parts(self, held: State) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of every range that has some, and its basis."""
+        first = 0
+        for size, basis in zip(self.sizes, self._mine(held["basis"]), strict=True):
+            if size:
+                yield slice(first, first + size), basis
+            first += size
+
+    def _mine(self, bases: Tensor) -> Tensor:
+        return bases if self.mine is None else bases[:, self.mine.start : self.mine.stop]
+
+
+def _within(sizes: tuple[int, ...], rows: range) -> Iterator[int]:
+    """How many of some rows are in each of consecutive ranges."""
+    first = 0
+    for size in sizes:
+        yield max(0, min(rows.stop, first + size) - max(rows.start, first))
+        first += size
