@@ -28,14 +28,28 @@ def project_back_(target: Target, left: Tensor | None, right: Tensor | None, mov
         value = part.weight if part.exact else part.read()
         if isinstance(move.decay, Tensor) or move.decay != 1.0:
             value.mul_(move.decay)
-        step = None if left is None or right is None else (left[rows] @ right[cols].T).to(part.work)
-        rest = residual(piece(move.residual, rows, cols), part.work, move.gemm)
-        if isinstance(rest, Tensor):
-            step = rest if step is None else step.add_(rest)
-        if step is not None:
-            value.add_(step.mul_(move.alpha))
+        if left is not None and right is not None:
+            _add_(value, (left[rows] @ right[cols].T).to(part.work), move.alpha)
+        _add_residual_(value, piece(move.residual, rows, cols), move)
         if not part.exact:
             part.write(value)
+
+
+def _add_(value: Tensor, step: Tensor, alpha: float | Tensor) -> None:
+    if isinstance(alpha, Tensor):
+        value.add_(step.mul_(alpha))
+    else:
+        value.add_(step, alpha=alpha)
+
+
+def _add_residual_(value: Tensor, rest: Scaled | Signed | None, move: Move) -> None:
+    """`V <- V + alpha residual`; on a CPU factors that silence nothing multiply in one pass."""
+    if isinstance(rest, Scaled) and _loud(rest) and not isinstance(move.alpha, Tensor):
+        value.addcmul_(rest.grad.to(value.dtype), rest.factors.to(value.dtype), value=move.alpha)
+    elif rest is not None:
+        step = residual(rest, value.dtype, move.gemm)
+        assert isinstance(step, Tensor)
+        _add_(value, step, move.alpha)
 
 
 def _in_place_(weight: Tensor, left: Tensor | None, right: Tensor | None, move: Move) -> None:
@@ -60,8 +74,8 @@ def _in_place_(weight: Tensor, left: Tensor | None, right: Tensor | None, move: 
 
 
 def _add_scaled_(weight: Tensor, rest: Scaled, alpha: float | Tensor) -> None:
-    """`W <- W + alpha s o G`, without a temporary on a CPU."""
-    if weight.device.type == "cpu" and rest.grad.dtype == weight.dtype:
+    """`W <- W + alpha s o G`, on a CPU without a temporary."""
+    if rest.grad.dtype == weight.dtype and _loud(rest):
         factors = rest.factors * alpha if isinstance(alpha, Tensor) else rest.factors
         weight.addcmul_(factors, rest.grad, value=1.0 if isinstance(alpha, Tensor) else alpha)
         return
@@ -73,6 +87,11 @@ def _add_scaled_(weight: Tensor, rest: Scaled, alpha: float | Tensor) -> None:
 def _silent(rest: Scaled) -> bool:
     """Whether all factors are zero, which on a CPU can be asked."""
     return rest.factors.device.type == "cpu" and not rest.factors.any()
+
+
+def _loud(rest: Scaled) -> bool:
+    """Whether no factor is zero: none needs to keep an infinite gradient out."""
+    return rest.factors.device.type == "cpu" and bool(rest.factors.all())
 
 
 def _narrow(rest: Signed, gemm: torch.dtype) -> Signed:

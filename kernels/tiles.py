@@ -28,7 +28,7 @@ def tiles(matrix: Tensor, limit: int | None = None) -> Iterator[tuple[slice, sli
             yield slice(row, min(row + height, a)), slice(col, min(col + width, b))
 
 
-def row_blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+def row_blocks(matrix: Tensor, dtype: torch.dtype | None = None) -> Iterator[slice]:
     """Cut a matrix into blocks of whole rows of bounded size, into one where it has this dtype already."""
     a, b = matrix.shape
     height = max(1, a if matrix.dtype == dtype else chunk(matrix.device) // max(b, 1))

@@ -11,16 +11,16 @@ from torch.optim.optimizer import ParamsT
 
 from ..kernels import EVERYWHERE
 from ..kernels.rounding import ROUNDINGS
-from .core import adafactor, codec, factored
-from .core.apply import move_
+from .core import adafactor, codec
 from .core.bucket import Bucket
+from .core.free import product
 from .core.hyper import scalar
 from .core.lifecycle import Lifecycle
 from .core.seeded import DISTRIBUTIONS, SeededBasis, shortest_window
 from .core.spec import Spec, counter
-from .core.target import writing
 from .core.validate import check_choices, check_rank
 from .core.view import SIDES, MatrixView, matrix_shape, rank_of
+from .core.whitened import blend_, move_whitened, whiten
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "distribution": DISTRIBUTIONS,
@@ -130,19 +130,19 @@ class Flora(Lifecycle):
     def update(self, b: Bucket) -> None:
         """One step of Flora on a bucket of same-shape matrices."""
         o, layout = self._hyper(self.param_groups[b.plan.group]), b.layout
-        beta1 = o.beta1 or 0.0
+        beta1, gemm = o.beta1 or 0.0, b.params[0].dtype if b.params[0].dtype == torch.bfloat16 else b.dtype
         for index, held in enumerate(b.states):
             whole = whiten(b, index, o)  # U_t = G_t / sqrt(V_t)                                      (m, n)
             update = b.view.orient(whole)  #                                                          (a, b)
             old, new = bases(b, index, o)  # P_{t-1}, P_t                                             (b, r)
-            low = layout.reduce((update @ new)[None])[0]  # U_t P_t                                   (a, r)
+            low = layout.reduce(product(update, new, gemm)[None])[0]  # U_t P_t                       (a, r)
             moment = codec.load(held, "exp_avg", o.state_dtype, b.dtype)  # C_{t-1}                   (a, r)
             past = layout.gather(moment[None], b.view.a)[0]
-            update.addmm_(past, old.T, beta=1 - beta1, alpha=beta1)  # (1-b1) U_t + b1 C_{t-1} P_{t-1}^T
+            blend_(update, past.to(gemm), old.to(gemm), beta1)  # (1-b1) U_t + b1 C_{t-1} P_{t-1}^T   (a, b)
             if old is not new:
                 moment = moment @ layout.sum_cols(old.T @ new)  # C_{t-1} P_{t-1}^T P_t               (a, r)
             codec.store(held, "exp_avg", torch.lerp(moment, low, 1 - beta1), o.state_dtype)  # C_t
-            move(b, index, whole, o)  # W <- (1 - alpha wd) W - alpha clip(Ubar)
+            move_whitened(b, index, whole, o)  # W <- (1 - alpha wd) W - alpha clip(Ubar)
 
     def plain(self, b: Bucket) -> None:
         """The same with P = I."""
@@ -153,7 +153,7 @@ class Flora(Lifecycle):
                 moment = codec.load(held, "exp_avg", o.state_dtype, b.dtype)
                 update = torch.lerp(moment, update, 1 - o.beta1)
                 codec.store(held, "exp_avg", update, o.state_dtype)
-            move(b, index, update, o)
+            move_whitened(b, index, update, o)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see `Lifecycle.add_param_group`; windows that are too short for a matrix are refused."""
@@ -161,7 +161,7 @@ class Flora(Lifecycle):
         group = self.param_groups[-1]
         try:
             for param in group["params"]:
-                self._view(param, group)
+                self._sees(param, group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -211,27 +211,6 @@ class Flora(Lifecycle):
         }
 
 
-def whiten(b: Bucket, index: int, o: Options) -> Tensor:
-    """Count the step and return `U = G / sqrt(V)`, (m, n) or the shape of a plain parameter.
-
-    A gradient that is not finite, or whose squares overflow, counts as zero and leaves V as it is.
-    """
-    held, grad, layout = b.states[index], b.grads[index].to(b.dtype), b.layout.natural
-    if b.plan.view is not None:
-        grad = grad.reshape(b.view.m, b.view.n)
-    held["step"] += 1
-    names = [name for name in held if name.startswith("exp_avg_sq")]
-    before = [held[name].clone() for name in names]
-    update = adafactor.precondition(grad, held, int(held["step"]), o, o.eps1(b.params[index].dtype), layout)
-    sums = torch.stack([update.sum(), *(held[name].sum() for name in names)])
-    fine = layout.max_all((~sums.isfinite().all()).int()) == 0  # on every piece
-    if fine.device.type != "cpu" or not fine:  # asking a GPU would synchronise
-        for name, old in zip(names, before, strict=True):
-            held[name].copy_(torch.where(fine, held[name], old))
-        update.masked_fill_(~fine, 0.0)
-    return update.neg_() if o.maximize else update
-
-
 def bases(b: Bucket, index: int, o: Options) -> tuple[Tensor, Tensor]:
     """The basis in which the momentum is written (P_{t-1}) and that of this step (P_t): one tensor within a window.
 
@@ -247,13 +226,3 @@ def bases(b: Bucket, index: int, o: Options) -> tuple[Tensor, Tensor]:
     if key in (source.key, 0):
         return new, new
     return source.of_key(key).rows(mine, b.dtype, device, o.backend), new
-
-
-def move(b: Bucket, index: int, update: Tensor, o: Options) -> None:
-    """Clip Ubar, `W <- (1 - alpha wd) W - alpha Ubar`."""
-    param = b.params[index]
-    alpha = adafactor.step_size(param, int(b.states[index]["step"]), o, b.layout)
-    factored.clip_(update, o.clip_threshold, b.layout).mul_(alpha)
-    for target in writing(param, b.states[index], o, b.positions[index], box=b.layout.box):
-        update = update.reshape(target.weight.shape)
-        move_(target, update, 1 - o.weight_decay * alpha if o.weight_decay else 1.0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.statistics import row_squares
 from .bucket import Bucket
 from .codec import work_dtype
 from .spec import Spec
@@ -98,17 +99,12 @@ def residual_squares(b: Bucket, low: Tensor, share: float = 1.0) -> Tensor:
     is cut off.
     """
     view = b.view
-    whole = torch.stack([_row_squares(b.matrix(index), b.dtype) for index in range(len(b.params))])  # (k, a)
-    whole = b.layout.reduce(whole[..., None])[..., 0]  # (k, a), those of R's rows
+    whole = torch.stack([row_squares(b.matrix(index), b.dtype) for index in range(len(b.params))])  # (k, a)
     low_squares = low.square().sum(dim=2)
     if view.full:
         whole, low_squares = whole.sum(1, keepdim=True), low_squares.sum(1, keepdim=True)
+    whole = b.layout.reduce(whole[..., None])[..., 0]  # (k, a), those of R's rows
     return whole.sub_(low_squares, alpha=share).clamp_(min=0.0)
-
-
-def _row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(matrix, dim=1, dtype=dtype)
-    return norms.square_()
 
 
 def limit_growth(norm: Tensor, last: Tensor, gamma: float, unset: Tensor) -> Tensor:
