@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.helpers import randn
-from tests.test_sharding import GAP, LR, RANK, Build, compare, gradients, in_world, placed, run
+from tests.test_sharding import GAP, LR, RANK, STEPS, Build, compare, gradients, in_world, placed
 
 SHAPES = {"query": (24, 15), "key": (16, 28)}
 LOW: dict[str, Any] = {"rank": RANK, "update_proj_gap": GAP, "lr": LR, "weight_decay": 0.1}
@@ -50,6 +51,17 @@ OPTIMIZERS: dict[str, Build] = {
 every = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
+def run(name: str, shape: tuple[int, int], make: Callable[[Tensor], Tensor], steps: int = STEPS) -> tuple[Any, ...]:
+    """Train a matrix and a vector, placed by `make`."""
+    start = randn(*shape, seed=99, dtype=torch.float64)
+    weight, bias = nn.Parameter(make(start)), nn.Parameter(make(start[:, 0].contiguous()))
+    optimizer = OPTIMIZERS[name]([weight, bias])
+    for grad in gradients(shape)[:steps]:
+        weight.grad, bias.grad = make(grad), make(grad[:, 0].contiguous())
+        optimizer.step()
+    return weight.detach(), bias.detach(), optimizer
+
+
 @every
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dim", [0, 1])
@@ -57,3 +69,192 @@ every = pytest.mark.parametrize("name", OPTIMIZERS)
 def test_sharded_trajectories_are_the_dense_one(name: str, shape: str, dim: int, size: int) -> None:
     """Kept and projected side sharded; worlds of 5 leave uneven and empty pieces, and cut heads."""
     assert compare(OPTIMIZERS[name], SHAPES[shape], size, dim) < 1e-9
+
+
+OTHER_WORLDS = [
+    ("heads-max-norm", 1, 0),
+    ("fused", 1, 1),
+    ("exact", 64, 0),
+    ("heads-additive", 64, 1),
+    ("fused", 64, 0),
+]
+OTHER_WORLDS += [(name, 3, dim) for name in ("exact", "additive", "heads-additive", "fused") for dim in (0, 1)]
+
+
+@pytest.mark.parametrize(("name", "size", "dim"), OTHER_WORLDS)
+def test_worlds_of_one_three_and_sixty_four(name: str, size: int, dim: int) -> None:
+    assert compare(OPTIMIZERS[name], SHAPES["key"], size, dim) < 1e-9
+
+
+def on_mesh(placements: tuple[Any, Any], sizes: tuple[int, int] = (2, 3)) -> Any:
+    """Place matrices on a mesh of two dimensions, and vectors where rows are."""
+    mesh = init_device_mesh("cpu", sizes)
+    of_vector = tuple(Shard(0) if p == Shard(0) else Replicate() for p in placements)
+    return lambda tensor: distribute_tensor(tensor.clone(), mesh, placements if tensor.ndim > 1 else of_vector)
+
+
+MESHES = [(Replicate(), Shard(0)), (Replicate(), Shard(1)), (Shard(0), Shard(1)), (Shard(1), Shard(0))]
+MESHES += [(Shard(0), Shard(0))]
+
+
+@pytest.mark.parametrize("name", ["exact", "additive", "every-entry", "heads-additive", "heads-max-norm", "fused"])
+@pytest.mark.parametrize("placements", MESHES, ids=str)
+def test_two_mesh_dimensions(name: str, placements: tuple[Any, Any]) -> None:
+    """Hybrid sharding, and tensor parallelism in both directions."""
+    dense = run(name, SHAPES["query"], torch.clone)
+
+    def body() -> float:
+        sharded = run(name, SHAPES["query"], on_mesh(placements))
+        return max(float((a.full_tensor() - b).abs().max()) for a, b in zip(sharded[:2], dense[:2], strict=True))
+
+    assert max(in_world(6, body)) < 1e-9
+
+
+def test_weights_of_more_dimensions() -> None:
+    """Convolutions: entries are those of the matrix (first dimension, rest)."""
+    build = OPTIMIZERS["additive"]
+
+    def train(make: Any) -> Tensor:
+        weight = nn.Parameter(make(randn(12, 4, 5, dtype=torch.float64)))
+        optimizer = build([weight])
+        for seed in range(7):
+            weight.grad = make(randn(12, 4, 5, seed=seed, dtype=torch.float64))
+            optimizer.step()
+        return weight.detach()
+
+    dense = train(torch.clone)
+    for dim in (0, 1):
+        found = in_world(2, lambda dim=dim: train(placed(2, dim)).full_tensor())
+        assert max(float((one - dense).abs().max()) for one in found) < 1e-9
+
+
+@every
+@pytest.mark.parametrize("dim", [0, 1])
+def test_state_is_sharded_as_its_parameter(name: str, dim: int) -> None:
+    """In the warm-up and after it: whole shapes and numbers are those of the dense run, a rank keeps its share."""
+    for steps in (2, 6):
+        dense = run(name, SHAPES["query"], torch.clone, steps=steps)[2].state_dict()["state"]
+
+        def body(steps: int = steps, dense: Any = dense) -> None:
+            state = run(name, SHAPES["query"], placed(3, dim), steps=steps)[2].state_dict()["state"]
+            for key, held in dense.items():
+                assert held.keys() == state[key].keys()
+                for part, value in held.items():
+                    mine = state[key][part]
+                    assert (tuple(mine.shape), mine.dtype) == (tuple(value.shape), value.dtype)
+                    assert isinstance(mine, DTensor) == (value.ndim > 0)
+                    if part.startswith("residual") and value.ndim:
+                        assert mine.to_local().numel() <= -(-len(value) // 3) * value[0].numel()
+                        torch.testing.assert_close(mine.full_tensor(), value, rtol=1e-9, atol=1e-9)
+
+        in_world(3, body)
+
+
+@pytest.mark.parametrize("name", ["exact", "additive", "every-entry", "heads-additive", "fused"])
+@pytest.mark.parametrize("steps", [2, 6])
+def test_a_checkpoint_goes_on_in_any_world(name: str, steps: int) -> None:
+    """Out of a world of 3 in the warm-up or after it, into worlds of 2 and 5, and into one process."""
+    shape, build = SHAPES["query"], OPTIMIZERS[name]
+    whole = run(name, shape, torch.clone)
+
+    def save() -> Any:
+        weight, bias, optimizer = run(name, shape, placed(3, 0), steps)
+        state = optimizer.state_dict()
+        gathered = {
+            key: {part: v.full_tensor() if isinstance(v, DTensor) else v.clone() for part, v in held.items()}
+            for key, held in state["state"].items()
+        }
+        return weight.full_tensor(), bias.full_tensor(), {**state, "state": gathered}
+
+    weight, bias, state = in_world(3, save)[0]
+
+    def load(make: Any) -> Tensor:
+        params = [nn.Parameter(make(weight)), nn.Parameter(make(bias))]
+        optimizer = build(params)
+        optimizer.load_state_dict(state)
+        for grad in gradients(shape)[steps:]:
+            params[0].grad, params[1].grad = make(grad), make(grad[:, 0].contiguous())
+            optimizer.step()
+        found = params[0].detach()
+        return found.full_tensor() if isinstance(found, DTensor) else found
+
+    found = [load(torch.clone), *in_world(2, lambda: load(placed(2, 1))), *in_world(5, lambda: load(placed(5, 0)))]
+    assert max(float((one - whole[0]).abs().max()) for one in found) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["exact", "additive", "heads-exact", "fused"])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("bad", [0.0, float("nan"), 1e200])
+def test_a_bad_gradient_leaves_finite_weights_everywhere(name: str, dim: int, bad: float) -> None:
+    def body() -> None:
+        make = placed(3, dim)
+        weight = nn.Parameter(make(randn(*SHAPES["query"], dtype=torch.float64)))
+        optimizer = OPTIMIZERS[name]([weight])
+        for step, grad in enumerate(gradients(SHAPES["query"])):
+            seen = grad.clone()
+            if step in (0, 2, 4, 6):
+                seen[3, 2] = bad
+                seen *= bad != 0
+            weight.grad = make(seen)
+            optimizer.step()
+        assert weight.full_tensor().isfinite().all()
+        assert len(optimizer.state[weight]["residual_index"].full_tensor().unique()) == 36
+
+    in_world(3, body)
+
+
+@pytest.mark.parametrize("placements", MESHES, ids=str)
+def test_copies_agree_in_bf16(placements: tuple[Any, Any]) -> None:
+    """Weights and moments that are rounded at random: the same on every rank that has them."""
+
+    def body() -> None:
+        make = on_mesh(placements)
+        weight = nn.Parameter(make(randn(24, 15).bfloat16()))
+        optimizer = GaLorePlus([weight], **WARM, num_heads=4, state_dtype="bfloat16", rounding="stochastic")
+        for seed in range(6):
+            weight.grad = make(randn(24, 15, seed=seed).bfloat16())
+            optimizer.step()
+        for value in (weight.detach(), *optimizer.state[weight].values()):
+            if isinstance(value, DTensor):
+                for index, placement in enumerate(value.placements):
+                    if placement.is_replicate():
+                        mine = value.to_local().float().contiguous()
+                        first = mine.clone()
+                        torch.distributed.broadcast(first, group=value.device_mesh.get_group(index), group_src=0)
+                        assert torch.equal(mine, first)
+
+    in_world(6, body)
+
+
+# ------------------------------------------------------------------------------------------------- single entries
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_largest_entries_are_those_of_a_sort(dtype: torch.dtype) -> None:
+    values = randn(40, 30, dtype=dtype).abs()
+    for count in (1, 7, 600, 1200):
+        expected = values.flatten().topk(count).indices.sort().values
+        assert torch.equal(largest(values, count, 30, ALONE), expected)
+
+
+def test_of_equal_entries_the_first_are_chosen_in_any_world() -> None:
+    values = randn(12, 10).abs().mul(2).round()  # a few values, many times each
+    order = sorted(range(120), key=lambda flat: (-float(values.flatten()[flat]), flat))
+    for count in (5, 30, 77, 119):
+        expected = torch.tensor(sorted(order[:count]))
+        assert torch.equal(largest(values, count, 10, ALONE), expected)
+        for size, dim in ((3, 0), (3, 1), (7, 0)):
+
+            def body(size: int = size, dim: int = dim, count: int = count) -> Tensor:
+                whole = placed(size, dim)(values)
+                mine = largest(whole.to_local(), count, 10, layout := Layout.of(whole))
+                assert layout.sharding is not None
+                return layout.sharding.wrap(mine, (count,), layout.place("entries")).full_tensor()
+
+            assert all(torch.equal(found, expected) for found in in_world(size, body))
+
+
+def test_the_kth_largest_is_counted_with_those_above_and_beside_it() -> None:
+    words = torch.tensor([5, 9, 9, 1 << 40, 0, 9, 3])
+    for count, expected in {1: (1 << 40, 0, 1), 2: (9, 1, 3), 4: (9, 1, 3), 5: (5, 4, 1), 7: (0, 6, 1)}.items():
+        assert kth_largest(words, count, lambda counts: counts) == expected
