@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -34,28 +35,35 @@ class Plan:
         view: Orientation and rank of the whole matrices; None for a plain bucket (any shapes).
         layout: Sums over shards.
         params: The parameters.
-        positions: Position of each among all parameters of the optimizer: the source of its random numbers.
-        offsets: Steps by which its refreshes come early where they are staggered.
+        positions: Positions of the matrices of each among all of the optimizer, one but for a stack: the source of
+            their random numbers.
+        offsets: Steps by which their refreshes come early where they are staggered.
+        stacked: Every parameter is a stack of matrices.
     """
 
     group: int
     view: MatrixView | None
     layout: Layout
     params: list[Tensor]
-    positions: list[int]
-    offsets: list[int]
+    positions: list[range]
+    offsets: list[list[int]]
+    stacked: bool = False
 
     def split(self) -> Iterator[Plan]:
         """Cut into buckets whose low-rank buffers stay in the cache of a CPU, or small in the memory of a GPU."""
+        size = max(1, self.most // max(map(len, self.positions), default=1))
+        for start in range(0, len(self.params), size):
+            yield self._part(slice(start, start + size))
+
+    @property
+    def most(self) -> int:
+        """How many matrices there are in such a bucket."""
         if self.view is None:
-            yield self
-            return
+            return sys.maxsize
         a, r = self.layout.local(self.view).low_shape
         a = max(a, self.view.b) if self.layout.spread else a  # bases are whole for the time of a step
         budget = CPU_BUFFER if self.params[0].device.type == "cpu" else GPU_BUFFER
-        size = max(1, budget // max(1, a * r))
-        for start in range(0, len(self.params), size):
-            yield self._part(slice(start, start + size))
+        return max(1, budget // max(1, a * r))
 
     def alone(self) -> Iterator[Plan]:
         """A plan for every one of its parameters."""
@@ -87,7 +95,7 @@ class Bucket:
     usable: list[Tensor] = field(default_factory=list)
     """Whether R was finite, 0-d each, known once it is made."""
     stored: list[State] = field(default_factory=list)
-    """The states as the optimizer keeps them, of which `states` are this rank's pieces."""
+    """The states as the optimizer keeps them, of which `states` are this rank's pieces; nothing for stacks."""
 
     @property
     def view(self) -> MatrixView:
@@ -166,17 +174,31 @@ class Bucket:
         """The gradient of one parameter as a matrix (m, n), not oriented."""
         return self.grads[index].reshape(self.view.m, self.view.n)
 
+    def take(self, param: Tensor, grad: Tensor, held: State, place: tuple[int, int], ready: Tensor | None) -> None:
+        """Add a matrix, or a parameter that is not projected; its place is its position and its offset."""
+        self.params.append(param)
+        self.grads.append(grad)
+        self.states.append(held)
+        self.positions.append(place[0])
+        self.offsets.append(place[1])
+        self.ready.append(ready)
+        self.projected.append(None)
+        self.fresh.append(False)
+
+    def parts(self) -> Iterator[Bucket]:
+        """Cut where stacks have brought more matrices than a bucket should have."""
+        size = max(1, min(self.plan.most, len(self.params)))
+        for start in range(0, len(self.params), size):
+            yield self._part(slice(start, start + size))
+
     def only(self, index: int) -> Bucket:
         """The bucket of one of the parameters."""
-        return Bucket(
-            self.plan,
-            self.hyper,
-            [self.params[index]],
-            [self.grads[index]],
-            [self.states[index]],
-            [self.positions[index]],
-            [self.offsets[index]],
-            [self.ready[index]],
-            [self.projected[index]],
-            [self.fresh[index]],
-        )
+        return self._part(slice(index, index + 1))
+
+    def _part(self, part: slice) -> Bucket:
+        lists = {name: getattr(self, name)[part] for name in LISTS}
+        return Bucket(self.plan, self.hyper, **lists)
+
+
+LISTS = ("params", "grads", "states", "positions", "offsets", "ready", "projected", "fresh", "stored")
+"""What a bucket has one of for each of its parameters."""

@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from ...kernels.rounding import join
-from . import state, target
+from . import stack, state, target
 from .bucket import Plan
 from .checkpoint import STRUCTURAL, load_keeping, restore
 from .cross_head import check_rows
 from .hyper import Hyper, normalise
-from .planning import make_plans
+from .planning import make_plans, seen
 from .reconcile import meaning, reconcile
 from .sharded import check_sharded
 from .spec import Spec
@@ -83,7 +83,7 @@ class Groups(Optimizer):
             if isinstance(held.get("step"), int | float):
                 held["step"] = torch.tensor(float(held["step"]), dtype=torch.float32)
         if self.state:  # of a copy: it was written under the options that the groups have now
-            self._settled = self._described(make_plans(self.param_groups, self._view, self.replicas))
+            self._settled = self._described(make_plans(self.param_groups, self._sees, self.replicas))
 
     def _validate(self, group: dict[str, Any]) -> None:
         """Check the options of a complete group; optimizers with other options override this."""
@@ -102,7 +102,7 @@ class Groups(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
-        normalise(param_group, frozenset({*self.defaults, "ranks"}))
+        normalise(param_group, frozenset({*self.defaults, "ranks", stack.OPTION}))
         inherited = dict(self.defaults)
         if "density" in param_group:
             inherited["rank"] = None
@@ -125,6 +125,7 @@ class Groups(Optimizer):
                 "torch.view_as_real(parameter) instead"
             )
         target.check(param, group)
+        stack.check(param, group, type(self).__name__)
         if group.get("num_heads") is not None:
             self._view(param, group)
 
@@ -142,7 +143,7 @@ class Groups(Optimizer):
                 self._validate(group)
                 for param in group["params"]:
                     self._admit(param, group)
-            plans = make_plans(self.param_groups, self._view, self.replicas)
+            plans = make_plans(self.param_groups, self._sees, self.replicas)
             check_sharded(plans, self.param_groups, type(self).__name__ if not self.shards else None)
             described = self._described(plans)
             reconcile(self.state, described, self._settled, {p: plan.layout for plan in plans for p in plan.params})
@@ -151,7 +152,7 @@ class Groups(Optimizer):
 
     def _fingerprint(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What decides which state the parameters of a group have, and how weights are written."""
-        return (group["rounding"], *self._structure(group))
+        return (group["rounding"], group.get(stack.OPTION), *self._structure(group))
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The options of a group that decide which state its parameters have."""
@@ -186,6 +187,10 @@ class Groups(Optimizer):
             check_rows(shape, hyper.num_heads, rank)
         return MatrixView.of(param.shape, rank, hyper.side)
 
+    def _sees(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
+        """The same of a parameter that may be a stack: of any of its matrices."""
+        return self._view(stack.one(param, group), group)
+
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         """Describe the state of a parameter of a group."""
         return state.specs(param, view, Hyper.of(group))
@@ -195,7 +200,8 @@ class Groups(Optimizer):
         return self._specs_in(param, view, self.param_groups[group])
 
     def _specs_in(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
-        return self._specs(param, view, group) | target.specs(param, group["rounding"])
+        described = self._specs(stack.one(param, group), view, group)
+        return stack.described(described, param, group) | target.specs(param, group["rounding"])
 
     def full_precision(self, param: Tensor) -> Tensor:
         """The value of a parameter in fp32, with its correction where `rounding="compensated"` keeps one."""
@@ -222,7 +228,7 @@ class Groups(Optimizer):
         for mine in self.param_groups:
             self._validate(mine)
         self._plans_key = None
-        plans = make_plans(self.param_groups, self._view, self.replicas)
+        plans = make_plans(self.param_groups, self._sees, self.replicas)
         described = self._settled = self._described(plans)
         layouts = {param: plan.layout for plan in plans for param in plan.params}
         for position, ((key, group), param) in enumerate(zip(order, params, strict=True)):
@@ -239,12 +245,3 @@ class Groups(Optimizer):
         The bytes are computed from metadata and equal what the first step allocates; print the result for a table.
         """
         return summarise(self._planned(), self._state_of)
-
-    def skipped_refreshes(self) -> int:
-        """Count the refreshes skipped so far because a gradient was zero or not finite, over all matrices."""
-        return sum(int(held["skipped_refreshes"]) for held in self.state.values() if "skipped_refreshes" in held)
-
-
-def seen(param: Tensor) -> tuple[Any, ...]:
-    """What of a parameter decides its bucket: another object, or one that was cast, moved or reshaped, is another."""
-    return id(param), param.dtype, param.device, param.shape

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from . import state
+from . import stack, state
 from .bucket import Bucket, Plan
-from .groups import Groups, seen
+from .groups import Groups
 from .layout import Layout
 from .plain import plain_
+from .planning import seen
 from .sharding import local
 from .spread import whole_bases
 
@@ -97,8 +99,7 @@ class Lifecycle(Groups):
         return loss
 
     def _step_plan(self, plan: Plan, hyper: Any, *, warming: bool = False) -> None:
-        bucket = self._bucket(plan, hyper, warming=warming)
-        if bucket.params:
+        for bucket in self._bucket(plan, hyper, warming=warming).parts():
             with whole_bases(bucket):
                 (self.plain if plan.view is None else self._project)(bucket)
 
@@ -136,6 +137,11 @@ class Lifecycle(Groups):
         if self.release is not None:
             self.release.discard()
 
+    def skipped_refreshes(self) -> int:
+        """Count the refreshes skipped so far because a gradient was zero or not finite, over all matrices."""
+        counts = (held.get("skipped_refreshes") for held in self.state.values())
+        return sum(int(local(count).sum()) for count in counts if count is not None)
+
     def _one_by_one(self) -> Iterator[Plan]:
         for plan in self._planned():
             yield from plan.alone()
@@ -164,10 +170,10 @@ class Lifecycle(Groups):
 
     def _bucket(self, plan: Plan, hyper: Any, *, warming: bool) -> Bucket:
         """Gather what takes part in this step, creating the state of parameters that are new; no more if `warming`."""
-        skips = plan.layout.alone or self.release is not None or not self._given()
+        alone = plan.layout.alone and not isinstance(plan.layout.sharding, stack.Stacked)
+        skips = alone or self.release is not None or not self._given()
         bucket = Bucket(plan, hyper, [], [], [], [], [], [], [], [])
-        offsets = plan.offsets or [0] * len(plan.params)
-        for param, position, offset in zip(plan.params, plan.positions, offsets, strict=True):
+        for param, *places in zip(plan.params, plan.positions, plan.offsets, strict=True):
             ready = self._low_grads.get(param)
             grad = param.grad if ready is None else ready
             if grad is None:
@@ -181,15 +187,13 @@ class Lifecycle(Groups):
                 held.update(state.zeros(self._state_of(param, plan.view, plan.group), plan.layout))
                 if warming:
                     continue
-            bucket.params.append(local(param))
-            bucket.grads.append(plan.layout.piece(grad))
-            bucket.states.append(self._piece(param, held, plan.layout))
-            bucket.stored.append(held)
-            bucket.positions.append(position)
-            bucket.offsets.append(offset)
-            bucket.ready.append(ready)
-            bucket.projected.append(None)
-            bucket.fresh.append(False)
+            pieces = (local(param), plan.layout.piece(grad), self._piece(param, held, plan.layout))
+            if not plan.stacked:
+                bucket.take(*pieces, (places[0][0], places[1][0]), ready)
+                bucket.stored.append(held)
+                continue
+            for number, matrix in stack.matrices(plan.layout.sharding, *pieces):
+                bucket.take(*matrix, (places[0][number], places[1][number]), None)
         return bucket
 
     def _piece(self, param: Tensor, held: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
@@ -212,11 +216,14 @@ class Lifecycle(Groups):
         """
         if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        given = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return not any(_nonzero(p, p.grad) for p in given if p.grad is not None and not p.grad.is_sparse)
+        given = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not any(_nonzero(p, bool(group.get(stack.OPTION))) for p, group in given if not p.grad.is_sparse)
 
 
-def _nonzero(param: Tensor, grad: Tensor) -> Tensor:
+def _nonzero(param: Tensor, stacked: bool) -> Tensor:
     """Whether an entry of a gradient is not zero, over all pieces."""
-    layout = Layout.of(param)
-    return layout.max_all(layout.piece(grad).count_nonzero())
+    assert param.grad is not None
+    layout = Layout.of(param, stacked=stacked)
+    if isinstance(layout.sharding, stack.Stacked):
+        layout = replace(layout, rows=(*layout.rows, *layout.sharding.dealers()))
+    return layout.max_all(layout.piece(param.grad).count_nonzero())

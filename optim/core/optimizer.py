@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import weight_norm
+from . import stack, weight_norm
 from .adaptive import AUTO, choose_ranks, rank_in, tells
 from .bucket import Bucket
 from .lifecycle import Lifecycle
@@ -133,8 +133,8 @@ class SubspaceOptimizer(Lifecycle):
 
     def _admit(self, param: Tensor, group: dict[str, Any]) -> None:
         super()._admit(param, group)
-        if group["weight_norm"] and self._view(param, group) is not None:
-            weight_norm.check(param)
+        if group["weight_norm"] and self._sees(param, group) is not None:
+            weight_norm.check(stack.one(param, group))
 
     def _project(self, b: Bucket) -> None:
         if b.hyper.weight_norm:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from . import stack
 from .bucket import Plan
 from .layout import Layout
 from .view import MatrixView
@@ -32,20 +33,29 @@ def make_plans(groups: Sequence[dict[str, Any]], see: See, replicas: ProcessGrou
         for param in group["params"]:
             view = see(param, group)
             turned = view is not None and view.transposed
-            layout = Layout.of(param, transposed=turned, replicas=replicas, spread=group.get("shard_basis"))
+            stacked, size = bool(group.get(stack.OPTION)), stack.count(param, group)
+            layout = Layout.of(
+                param, transposed=turned, replicas=replicas, spread=group.get("shard_basis"), stacked=stacked
+            )
             key = (index, view, param.dtype, param.device, layout)
-            plan = sorted_out.setdefault(key, Plan(index, view, layout, [], [], []))
+            plan = sorted_out.setdefault(key, Plan(index, view, layout, [], [], [], stacked))
             plan.params.append(param)
-            plan.positions.append(position)
-            position += 1
+            plan.positions.append(range(position, position + size))
+            plan.offsets.append([0] * size)
+            position += size
     _stagger([plan for plan in sorted_out.values() if plan.view is not None], groups)
     return list(chain.from_iterable(plan.split() for plan in sorted_out.values()))
 
 
 def _stagger(plans: list[Plan], groups: Sequence[dict[str, Any]]) -> None:
     """Spread the refreshes of all projected matrices evenly over their interval, in parameter order."""
-    positions = sorted(position for plan in plans for position in plan.positions)
+    positions = sorted(position for plan in plans for numbers in plan.positions for position in numbers)
     place = {position: ordinal for ordinal, position in enumerate(positions)}
     for plan in plans:
         gap = groups[plan.group]["update_proj_gap"]
-        plan.offsets.extend(place[position] * gap // len(positions) for position in plan.positions)
+        plan.offsets[:] = [[place[at] * gap // len(positions) for at in numbers] for numbers in plan.positions]
+
+
+def seen(param: Tensor) -> tuple[Any, ...]:
+    """What of a parameter decides its bucket: another object, or one that was cast, moved or reshaped, is another."""
+    return id(param), param.dtype, param.device, param.shape

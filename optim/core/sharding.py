@@ -87,7 +87,12 @@ class Sharding:
         sharded = (index for index, placement in enumerate(self.placements) if shard_dim(placement) is not None)
         return tuple(self.mesh.get_group(index) for index in sharded)
 
-    def box(self) -> Box:
+    @property
+    def own(self) -> tuple[Placement, ...]:
+        """Placements of the parameter."""
+        return self.placements
+
+    def box(self) -> Box | None:
         """The local piece."""
         local, offset = self._cut(self.shape, self.placements)
         rest = math.prod(self.shape[2:])
@@ -125,11 +130,7 @@ class Sharding:
         own = shard_dim(placement)
         if own is None or (own != dim and not everywhere):
             return Replicate()
-        if isinstance(placement, Shard) or own != dim:
-            return Shard(0)
-        strided: Any = type(placement)  # of two mesh dimensions
-        made: Placement = strided(0, split_factor=getattr(placement, "split_factor", 1))
-        return made
+        return moved(placement, 0) if own == dim else Shard(0)
 
     def wrap(self, local: Tensor, shape: tuple[int, ...], placements: tuple[Placement, ...]) -> DTensor:
         """Make a DTensor of a local piece, whose global shape uneven pieces do not tell."""
@@ -159,6 +160,17 @@ def shard_dim(placement: Placement) -> int | None:
     """The dimension that a placement shards, strided shards (of two mesh dimensions) included."""
     dim = getattr(placement, "dim", None)
     return dim if isinstance(dim, int) and not placement.is_partial() else None
+
+
+def moved(placement: Placement, dim: int) -> Placement:
+    """The same cut of another dimension."""
+    from torch.distributed.tensor import Shard
+
+    if isinstance(placement, Shard):
+        return Shard(dim)
+    strided: Any = type(placement)  # of two mesh dimensions
+    made: Placement = strided(dim, split_factor=getattr(placement, "split_factor", 1))
+    return made
 
 
 def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
