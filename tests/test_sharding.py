@@ -213,9 +213,6 @@ def test_bf16_weights_are_rounded_by_their_place_in_the_whole(name: str, roundin
 @pytest.mark.parametrize(
     ("build", "dim", "message"),
     [
-        (lambda p: GaLore(p, rank=RANK, proj_type="full"), 0, "proj_type='full' has no side that is kept"),
-        (lambda p: GaLore(p, rank=RANK, projector="dct"), 1, "projector='dct' chooses among .*kept_shard"),
-        (lambda p: GaLore(p, rank=RANK, basis_dtype="int8"), 1, "basis_dtype='int8' has scales .*kept_shard"),
         (lambda p: Frugal(p, density=0.5, projector="randk"), 0, "projector='randk' needs whole matrices"),
     ],
 )

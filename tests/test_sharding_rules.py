@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from lowmem.optim import Fira, GaLore
+from lowmem.optim import Fira, Frugal, GaLore, LowRank, OnlineSubspaceDescent
 from lowmem.optim.presets import GaLoreAdafactor
 
 from tests.test_sharding import GAP, LR, RANK, SHAPES, Build, compare
 
 LOW = {"rank": RANK, "update_proj_gap": GAP, "lr": LR}
+FULL = {**LOW, "proj_type": "full", "eps": 1e-6}
+"""Ritz vectors on both sides make R diagonal at a refresh: Adam with a tiny eps would blow up roundings beside it."""
 
 OPTIMIZERS: dict[str, Build] = {
     "adafactor": lambda p: GaLore(p, **LOW, rule="adafactor"),
@@ -19,6 +21,19 @@ OPTIMIZERS: dict[str, Build] = {
     "adafactor-plain": lambda p: GaLore(p, **{**LOW, "rank": None}, rule="adafactor"),
     "norm": lambda p: GaLore(p, **LOW, weight_norm=True),
     "norm-adafactor": lambda p: GaLore(p, **LOW, weight_norm=True, rule="adafactor", weight_decay=0.1),
+    "dct": lambda p: GaLore(p, **LOW, projector="dct"),
+    "dct-fira-reverse": lambda p: Fira(p, **LOW, projector="dct", proj_type="reverse_std"),
+    "dct-signsgd": lambda p: Frugal(p, rank=RANK, update_proj_gap=GAP, lr=LR, projector="dct", free_space="complement"),
+    "int8": lambda p: GaLore(p, **LOW, basis_dtype="int8"),
+    "int4-track": lambda p: GaLore(p, **LOW, basis_dtype="int4", projector="track"),
+    "full": lambda p: GaLore(p, **FULL),
+    "full-svd-adafactor": lambda p: GaLore(p, **FULL, projector="svd", rule="adafactor"),
+    "full-track-norm": lambda p: GaLore(p, **FULL, projector="track", weight_norm=True),
+    "full-random-int8": lambda p: GaLore(p, **FULL, projector="random", basis_dtype="int8"),
+    "full-fira": lambda p: Fira(p, **FULL, scale_mode="matrix"),
+    "full-signsgd": lambda p: LowRank(p, **FULL, residual="signsgd"),
+    "full-sgd": lambda p: LowRank(p, **FULL, residual="sgd"),
+    "online-adafactor": lambda p: OnlineSubspaceDescent(p, rank=RANK, lr=LR, proj_rule="adafactor"),
     "norm-fira": lambda p: Fira(p, **LOW, weight_norm=True, proj_type="reverse_std"),
 }
 every = pytest.mark.parametrize("name", OPTIMIZERS)

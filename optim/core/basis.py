@@ -1,8 +1,8 @@
 """Bases: how P (b x r) is kept in the state of a matrix between refreshes, and how it multiplies.
 
     Dense     P itself, in the weight's dtype; with a left basis Q (a x r) where both sides are projected
-    Index     r coordinates of the projected side, int32: P is a choice of columns of the unit matrix
-    Cosine    r columns of the fixed cosine matrix of size b, int32
+    Index     r coordinates of the projected side, int32: P is a choice of columns of the unit matrix (`coordinates`)
+    Cosine    r columns of the fixed cosine matrix of size b, int32 (`coordinates`)
 
 A change of basis is seen by the moments as a `Turn` (a matrix of overlaps) or a `Match` (a list of what stays).
 """
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ...kernels import pick, random
-from ...kernels.reference import Move, Scaled, scaled
+from ...kernels.reference import Move
 from ...kernels.rounding import Target
 from ...kernels.tiles import row_blocks
 from . import compact, linalg
-from .change import Change, Match, Turn
+from .change import Change, Turn
 from .layout import ALONE, Layout
 from .spec import Spec
 from .view import MatrixView
@@ -100,11 +100,15 @@ class Basis(ABC):
     def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
         """`W <- decay W + alpha (N P^T + residual)`, rounded once."""
 
-    def columns(self, held: State, size: int, dtype: torch.dtype) -> Tensor:
-        """P (b x r) as one matrix of a given dtype, b = `size`, for bases that are one."""
+    def of(self, size: int, mine: range | None) -> Basis:
+        """That of matrices whose projected side is `size` long, of which a piece has the coordinates `mine`."""
+        return self
+
+    def columns(self, held: State, dtype: torch.dtype) -> Tensor:
+        """This rank's rows of P (b x r) as one matrix of a given dtype, for bases that are one."""
         raise NotImplementedError(f"{type(self).__name__} is not one matrix P")
 
-    def store(self, held: State, new: Bases) -> None:
+    def store(self, held: State, new: Bases, layout: Layout = ALONE) -> None:
         """Take the new basis over."""
         for name, value in zip(self.names, new, strict=False):
             if value is not None:
@@ -119,14 +123,13 @@ class Dense(Basis):
 
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
         """The basis in the weight's dtype or in few bits: `b r` elements, and `a r` for the left one of two."""
-        if hyper.basis_dtype is None:
-            axes = {"basis": "basis", "basis_left": "kept"}
-            return {
-                name: Spec(size, param.dtype, param.device, axis=axes[name]) for name, size in view.basis_shapes.items()
-            }
         described: dict[str, Spec] = {}
         for name, size in view.basis_shapes.items():
-            described |= compact.specs(name, size, hyper.basis_dtype, param.device)
+            axis = "basis" if name == "basis" else "kept"
+            if hyper.basis_dtype is None:
+                described[name] = Spec(size, param.dtype, param.device, axis=axis)
+            else:
+                described |= compact.specs(name, size, hyper.basis_dtype, param.device, axis)
         return described
 
     def read(self, held: State, dtype: torch.dtype, name: str = "basis") -> Tensor:
@@ -138,11 +141,12 @@ class Dense(Basis):
         """Q of a full projection."""
         return self.read(held, dtype, "basis_left") if "basis_left" in held else None
 
-    def store(self, held: State, new: Bases) -> None:
+    def store(self, held: State, new: Bases, layout: Layout = ALONE) -> None:
         """Take the new basis over."""
         for name, value in zip(self.names, new, strict=False):
             if value is not None and name + compact.SCALE in held:
-                compact.write(held[name], held[name + compact.SCALE], value)
+                lies = layout if name == "basis" else layout.flipped
+                compact.write(held[name], held[name + compact.SCALE], value, lies)
             elif value is not None:
                 held[name].copy_(value)
 
@@ -162,13 +166,13 @@ class Dense(Basis):
             return Turn(right)
         return Turn(right, layout.sum_rows(new.left.T @ self.read(held, dtype, "basis_left")))
 
-    def columns(self, held: State, size: int, dtype: torch.dtype) -> Tensor:
+    def columns(self, held: State, dtype: torch.dtype) -> Tensor:
         """P itself."""
         return self.read(held, dtype)
 
     def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
         """One product, `A P`, or two, `Q^T A P`."""
-        _multiply(matrix, self.read(held, gemm), gemm, out, self.left(held, gemm))
+        multiply(matrix, self.read(held, gemm), gemm, out, self.left(held, gemm))
 
     def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
         """One product in place, `N P^T`, or two, `Q N P^T`."""
@@ -183,82 +187,12 @@ class Dense(Basis):
         return self.read(held, torch.float32)[cols] if "basis" + compact.SCALE in held else held["basis"][cols]
 
 
-class Index(Basis):
-    """A choice of r coordinates of the projected side: nothing is multiplied."""
-
-    counted = True
-    splits = True
-
-    def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
-        """`r` integers of 4 bytes."""
-        return {"basis": Spec((view.rank,), torch.int32, param.device)}
-
-    def arbitrary(self, view: MatrixView, seed: int, device: torch.device) -> Bases:
-        """A random subset."""
-        return Bases(random.subset(seed, view.b, view.rank, device).int())
-
-    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Match:
-        """Which coordinates stay."""
-        return Match.of(new.basis, held["basis"])
-
-    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
-        """Gather columns; those of other pieces are zero here, and summed up later."""
-        here, chosen = _among(held["basis"], mine)
-        if here is not None:
-            out.zero_()
-            out[:, here] = matrix.index_select(1, chosen).to(out.dtype)
-        else:
-            out.copy_(matrix.index_select(1, chosen))
-
-    def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
-        """Scatter columns; a signed residual is zero in them."""
-        (here, chosen), (decay, alpha, _, residual) = _among(held["basis"], step.mine), step.move
-        direction = direction if here is None else direction[:, here]
-        columns = target.select(chosen, 0 if step.transposed else 1)
-        value = columns.read().mul_(decay)  # (a, r), or its transpose as all that follows
-        moved = direction.T if step.transposed else direction
-        if isinstance(residual, Scaled):
-            there = Scaled(residual.grad.index_select(0 if step.transposed else 1, chosen), residual.factors)
-            moved = moved + scaled(there, value.dtype)
-        if residual is not None or isinstance(decay, Tensor) or decay != 1.0:
-            step.rest(target)
-        columns.write(value.add_(moved * alpha))
-        target.put(columns, chosen, 0 if step.transposed else 1)
-
-
-class Cosine(Index):
-    """Columns of the fixed cosine matrix D (b x b), which all matrices of that side share and no state holds."""
-
-    splits = False
-
-    def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
-        """`A D_S`, S the chosen columns."""
-        _multiply(matrix, self.columns(held, matrix.shape[1], gemm), gemm, out)
-
-    def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
-        """`N D_S^T`."""
-        size = target.weight.shape[0 if step.transposed else 1]
-        step.add(target, direction, self.columns(held, size, step.move.gemm))
-
-    def columns(self, held: State, size: int, dtype: torch.dtype) -> Tensor:
-        """`D_S`."""
-        return random.cosines(size, dtype, held["basis"].device).index_select(1, held["basis"])
-
-
-def _among(chosen: Tensor, mine: range | None) -> tuple[Tensor | None, Tensor]:
-    """Which of some coordinates (r,) are among those of a piece, None for all, and what they are there."""
-    if mine is None:
-        return None, chosen.long()
-    here = ((chosen >= mine.start) & (chosen < mine.stop)).nonzero()[:, 0]
-    return here, chosen[here].long() - mine.start
-
-
-def _multiply(matrix: Tensor, basis: Tensor, gemm: torch.dtype, out: Tensor, left: Tensor | None = None) -> None:
+def multiply(matrix: Tensor, basis: Tensor, gemm: torch.dtype, out: Tensor, left: Tensor | None = None) -> None:
     """`R <- A P` or `Q^T A P`; a matrix of another dtype is converted a block of rows at a time."""
     basis = basis.to(gemm)
     if left is not None:
         parts = [left[rows].to(gemm).T @ (matrix[rows].to(gemm) @ basis) for rows in row_blocks(matrix, gemm)]
-        out.copy_(torch.stack(parts).sum(0))  # (r, r)
+        out.copy_(torch.stack(parts).sum(0) if parts else torch.zeros_like(out))  # (r, r); a piece may be empty
     elif out.dtype == gemm == matrix.dtype:
         torch.mm(matrix, basis, out=out)
     else:
@@ -266,4 +200,4 @@ def _multiply(matrix: Tensor, basis: Tensor, gemm: torch.dtype, out: Tensor, lef
             out[rows] = (matrix[rows].to(gemm) @ basis).to(out.dtype)
 
 
-DENSE, INDEX, COSINE = Dense(), Index(), Cosine()
+DENSE = Dense()

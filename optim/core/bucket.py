@@ -131,10 +131,8 @@ class Bucket:
     @property
     def basis(self) -> Basis:
         """How the bases are kept and multiplied."""
-        basis = self.hyper.basis
-        if isinstance(basis, Segments) and not self.layout.alone:
-            return basis.of(self.whole.b, self.mine).within(self.layout.kept(self.view))
-        return basis
+        basis = self.hyper.basis.of(self.whole.b, self.mine)
+        return basis.within(self.layout.kept(self.view)) if isinstance(basis, Segments) and self.layout.rows else basis
 
     @property
     def rule(self) -> Rule:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import linalg
+from .layout import ALONE, Layout
 from .spec import Spec
 
 BASIS_DTYPES = (None, "int8", "int4")
@@ -25,11 +27,11 @@ SCALE = "_scale"
 _LARGEST = {torch.int8: 127, torch.uint8: 7}
 
 
-def specs(name: str, shape: tuple[int, int], dtype: str, device: torch.device) -> dict[str, Spec]:
+def specs(name: str, shape: tuple[int, int], dtype: str, device: torch.device, axis: str) -> dict[str, Spec]:
     """Describe a basis (b, r): `b r` bytes or `b ceil(r / 2)`, and `4 r` of scales."""
     rows, cols = shape
     form = (shape, torch.int8) if dtype == "int8" else ((rows, -(-cols // 2)), torch.uint8)
-    codes = Spec(*form, device, axis="basis")
+    codes = Spec(*form, device, axis=axis)
     return {name: codes, name + SCALE: Spec((cols,), torch.float32, device)}
 
 
@@ -38,11 +40,10 @@ def read(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return _unpack(codes, len(scale)).to(dtype) * scale.to(dtype)
 
 
-def write(codes: Tensor, scale: Tensor, basis: Tensor) -> None:
-    """Store a basis (b, r)."""
-    largest = basis.abs().amax(0).clamp_min(torch.finfo(basis.dtype).tiny)
-    rounded = (basis / largest * _LARGEST[codes.dtype]).round_()
-    scale.copy_(1 / torch.linalg.vector_norm(rounded, dim=0).clamp_min(1.0))
+def write(codes: Tensor, scale: Tensor, basis: Tensor, layout: Layout = ALONE) -> None:
+    """Store a basis (b, r), or this rank's rows of one: scales are those of whole columns."""
+    rounded = (basis / linalg.largest(basis, layout) * _LARGEST[codes.dtype]).round_()
+    scale.copy_(1 / linalg.lengths(rounded, layout).clamp_min(1.0))
     codes.copy_(_pack(rounded) if codes.dtype == torch.uint8 else rounded)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import codec, linalg
+from . import codec, linalg, sides
 from .basis import Dense
 from .layout import Layout
 from .rules import RULES, Work
@@ -96,7 +96,9 @@ def descend_(b: Bucket, index: int, low: Tensor) -> None:
     held[f"{PREFIX}step"] += 1
     moments = {name: held[PREFIX + name] for name in rule.buffers(tuple(basis.shape), how.hyper)}
     direction = torch.empty_like(grad)
-    rule.direction(Work([grad], [moments], [int(held[f"{PREFIX}step"])], [basis], [direction]), how.hyper)
+    lies = sides.basis(b.layout, b.whole)
+    work = Work([grad], [moments], [int(held[f"{PREFIX}step"])], [basis], [direction], layout=lies, weighs=lies)
+    rule.direction(work, how.hyper)
     basis.mul_(1 - lr * how.decay).sub_(direction if rule.absolute else direction.mul_(lr))
 
 

@@ -76,7 +76,8 @@ def rms(tensor: Tensor, layout: Layout = ALONE) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(tensor)
     if not layout.alone:
         norm = layout.sum_all(norm.square()).sqrt()
-    return norm / math.sqrt(max(layout.numel or tensor.numel(), 1))
+    count = tensor.numel() if layout.sharding is None else math.prod(layout.sharding.shape)
+    return norm / math.sqrt(max(count, 1))
 
 
 def clip_(update: Tensor, threshold: float | None, layout: Layout = ALONE) -> Tensor:

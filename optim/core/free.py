@@ -25,8 +25,9 @@ from ...kernels.reference import Scaled, Signed
 from ...kernels.reference import residual as remainder
 from ...kernels.tiles import tiles
 from .apply import count_step
-from .basis import DENSE, INDEX
+from .basis import DENSE
 from .bucket import Bucket
+from .coordinates import INDEX
 from .plain import plain_
 from .verbs import move_back_, scaled_rows
 
@@ -66,6 +67,8 @@ def silence_(b: Bucket, low: Tensor) -> Tensor:
         Which gradients are sound (k,).
     """
     sound = sound_gradients(b)
+    if b.view.full:  # every rank has all of R
+        sound = b.layout.max_all((~sound).int()) == 0
     low.masked_fill_(~sound[:, None, None], 0.0)
     return sound
 
@@ -136,7 +139,7 @@ def _of_gradient(b: Bucket, index: int, sound: Tensor, free: Free) -> Scaled | S
 def _of_remainder(b: Bucket, index: int, low: Tensor, sound: Tensor, free: Free) -> Signed:
     """`s_f sign(A - R P^T)`; a sign of rounding errors would count as much as any other, and is left out."""
     held, matrix = b.states[index], b.matrix(index)
-    basis = b.basis.columns(held, b.view.b, b.gemm_dtype)
+    basis = b.basis.columns(held, b.gemm_dtype)
     left = DENSE.left(held, low.dtype)
     if left is not None:
         low = left @ low  # (a, r)
@@ -155,7 +158,7 @@ def _of_remainder(b: Bucket, index: int, low: Tensor, sound: Tensor, free: Free)
 def _inside(b: Bucket, index: int, residual: Signed) -> Tensor:
     """`F P` (a, r), for a full projection `Q^T F P` (r, r): what the free rule puts into the subspace."""
     held, gemm = b.states[index], b.gemm_dtype
-    basis, left = b.basis.columns(held, b.view.b, gemm), DENSE.left(held, gemm)
+    basis, left = b.basis.columns(held, gemm), DENSE.left(held, gemm)
     inside = torch.zeros(b.view.low_shape, dtype=b.dtype, device=basis.device)
     for rows, cols in tiles(residual.grad):
         free = remainder(piece(residual, rows, cols), b.dtype, gemm)
@@ -167,7 +170,7 @@ def _inside(b: Bucket, index: int, residual: Signed) -> Tensor:
             inside[rows] += part
         else:
             inside += product(left[rows].T, part, gemm)
-    return b.layout.sum_cols(inside)
+    return b.layout.sum_cols(inside) if left is None else b.layout.sum_all(inside)
 
 
 def product(one: Tensor, other: Tensor, gemm: torch.dtype) -> Tensor:

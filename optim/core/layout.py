@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -45,6 +44,7 @@ class Layout:
         transposed: It is projected from the left, A = W^T.
         replicas: Group of processes that hold the same plain tensors, and share the search for bases.
         spread: Rows of the basis are spread over the group that shards the kept side, and gathered for a step.
+        full: Both sides are projected: R (r, r) is a sum over all pieces, and whole on every rank.
     """
 
     rows: tuple[ProcessGroup, ...] = ()
@@ -54,6 +54,7 @@ class Layout:
     transposed: bool = False
     replicas: ProcessGroup | None = None
     spread: bool = False
+    full: bool = False
 
     @classmethod
     def of(
@@ -63,6 +64,7 @@ class Layout:
         transposed: bool = False,
         replicas: ProcessGroup | None = None,
         spread: bool | None = None,
+        full: bool = False,
         stacked: bool = False,
     ) -> Layout:
         """Derive the layout of a parameter that is projected from the right, or from the left (transposed)."""
@@ -73,7 +75,7 @@ class Layout:
         rows, cols = (second, first) if transposed else (first, second)
         alone = len(rows) == 1 and not cols
         wide = alone and (dist.get_world_size(rows[0]) > MANY if spread is None else spread)
-        return cls(rows, cols, sharding.box(), sharding, transposed, spread=wide)
+        return cls(rows, cols, sharding.box(), sharding, transposed, spread=wide, full=full)
 
     def place(self, axis: str) -> tuple[Placement, ...]:
         """Placements of a state whose rows are one of `sharding.AXES`."""
@@ -113,18 +115,18 @@ class Layout:
     @property
     def natural(self) -> Layout:
         """The layout of the weight itself: `rows` and `cols` are those of W, not of A."""
-        return replace(self, rows=self.cols, cols=self.rows, transposed=False) if self.transposed else self
+        return self.flipped if self.transposed else self
+
+    @property
+    def flipped(self) -> Layout:
+        """The layout of A^T: `rows` and `cols` change places."""
+        return replace(self, rows=self.cols, cols=self.rows, transposed=not self.transposed)
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the whole weight where it is sharded, a vector being one column."""
         whole = () if self.sharding is None else self.sharding.shape
         return matrix_shape(whole) if whole else (1, 1)
-
-    @property
-    def numel(self) -> int | None:
-        """Entries of the whole weight where it is sharded."""
-        return None if self.sharding is None else math.prod(self.sharding.shape)
 
     @property
     def alone(self) -> bool:
@@ -134,11 +136,13 @@ class Layout:
     @property
     def dealt(self) -> bool:
         """Rows of R are dealt out over the group that shards b: all of them would be there otherwise."""
-        return len(self.cols) == 1 and not self.rows
+        return len(self.cols) == 1 and not (self.rows or self.full)
 
     @property
     def low(self) -> tuple[ProcessGroup, ...]:
         """Groups over which the rows of R are sharded once they are reduced."""
+        if self.full:
+            return ()
         return self.cols if self.dealt else self.rows
 
     def sum_rows(self, tensor: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ class Layout:
     def reduce(self, low: Tensor) -> Tensor:
         """Sum R (k, a, r) over the projected side, and keep this rank's rows where they are dealt out."""
         if not self.dealt:
-            return self.sum_cols(low)
+            return self.sum_all(low) if self.full else self.sum_cols(low)
         return deal(low, self.cols[0])
 
     def gather_all(self, matrix: Tensor, whole: MatrixView) -> Tensor:
@@ -194,6 +198,8 @@ class Layout:
 
     def low_start(self, view: MatrixView) -> int:
         """The first row of R that this rank keeps."""
+        if self.full:
+            return 0
         return share(view.a, self.cols[0]).start if self.dealt else self.kept(view).start
 
     def gather_bases(self, parts: Tensor, rows: int) -> Tensor:

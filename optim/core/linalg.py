@@ -45,14 +45,12 @@ def cholesky_qr(columns: Tensor, layout: Layout = ALONE, first: int = 0) -> Tens
     """
     rows, count = columns.shape
     eps = torch.finfo(columns.dtype).eps
-    zeros = torch.zeros(1, count, dtype=columns.dtype, device=columns.device)  # an empty piece has no largest entry
-    largest = layout.max_cols(torch.cat([columns.abs(), zeros]).amax(0)).clamp_(min=torch.finfo(columns.dtype).tiny)
-    scaled = columns / largest
-    scaled = scaled / _lengths(scaled, layout).clamp_(min=1.0)
+    scaled = columns / largest(columns, layout)
+    scaled = scaled / lengths(scaled, layout).clamp_(min=1.0)
     total = float(layout.sum_cols(columns.new_tensor(float(rows)))) if layout.cols else float(rows)
     noise = random.normal(count, range(first, first + rows), count, columns.device).to(columns.dtype)
     scaled = scaled.add_(noise, alpha=NOISE * eps / max(total, 1.0) ** 0.5)
-    scaled = scaled / _lengths(scaled, layout)
+    scaled = scaled / lengths(scaled, layout)
     for shift in (count * eps, count * eps, 0.0, 0.0):
         gram = layout.sum_cols(scaled.T @ scaled)
         gram.diagonal().add_(shift)
@@ -62,10 +60,16 @@ def cholesky_qr(columns: Tensor, layout: Layout = ALONE, first: int = 0) -> Tens
     return result
 
 
-def _lengths(columns: Tensor, layout: Layout) -> Tensor:
+def largest(columns: Tensor, layout: Layout = ALONE) -> Tensor:
+    """Largest magnitudes of columns, positive."""
+    found = columns.abs().amax(0) if len(columns) else columns.new_zeros(columns.shape[1])  # of an empty piece
+    return layout.max_cols(found).clamp_(min=torch.finfo(columns.dtype).tiny)
+
+
+def lengths(columns: Tensor, layout: Layout = ALONE) -> Tensor:
     """Lengths of columns."""
-    lengths: Tensor = torch.linalg.vector_norm(columns, dim=0)
-    return layout.sum_cols(lengths.square()).sqrt() if layout.cols else lengths
+    found: Tensor = torch.linalg.vector_norm(columns, dim=0)
+    return layout.sum_cols(found.square()).sqrt() if layout.cols else found
 
 
 def product(matrix: Tensor, thin: Tensor) -> Tensor:

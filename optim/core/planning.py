@@ -32,10 +32,10 @@ def make_plans(groups: Sequence[dict[str, Any]], see: See, replicas: ProcessGrou
     for index, group in enumerate(groups):
         for param in group["params"]:
             view = see(param, group)
-            turned = view is not None and view.transposed
+            turned, full = (view.transposed, view.full) if view is not None else (False, False)
             stacked, size = bool(group.get(stack.OPTION)), stack.count(param, group)
             layout = Layout.of(
-                param, transposed=turned, replicas=replicas, spread=group.get("shard_basis"), stacked=stacked
+                param, transposed=turned, replicas=replicas, spread=group.get("shard_basis"), full=full, stacked=stacked
             )
             key = (index, view, param.dtype, param.device, layout)
             plan = sorted_out.setdefault(key, Plan(index, view, layout, [], [], [], stacked))

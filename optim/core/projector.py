@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...kernels import random
 from . import linalg
-from .basis import COSINE, DENSE, INDEX, Bases, Basis
+from .basis import DENSE, Bases, Basis
+from .coordinates import COSINE, INDEX
 from .cross_head import cross_head
 from .descend import DESCENDING
 from .layout import Layout
@@ -150,10 +151,11 @@ def first_of_descent(request: Request) -> Bases:
 
 def cosines(request: Request) -> Bases:
     """The r columns of the fixed cosine matrix D that hold most of the gradient: the largest column norms of A D."""
-    scale, view = request.scale, request.view
-    matrix = random.cosines(view.b, request.matrix.dtype, request.matrix.device)
-    image = linalg.product(request.matrix, matrix.to(scale.dtype) / scale)  # (a, b)
-    energy = request.layout.sum_rows(image.square().sum(0))
+    scale, view, layout = request.scale, request.view, request.layout
+    mine = layout.projected(view)
+    matrix = random.cosines(request.whole.b, request.matrix.dtype, request.matrix.device)[mine.start : mine.stop]
+    image = linalg.product(request.matrix, matrix.to(scale.dtype) / scale)  # (a, b), summed as R is
+    energy = layout.sum_low(layout.reduce(image[None])[0].square().sum(0))
     return Bases(energy.topk(view.rank).indices.sort().values.int())
 
 
@@ -167,7 +169,7 @@ def official_svd(request: Request) -> Bases:
 
 
 def own_piece(found: Bases, view: MatrixView, layout: Layout) -> Bases:
-    """This rank's rows of a whole basis, `view` being that of its piece; indices, and stacks of bases, it has all of."""
+    """This rank's rows of a whole basis, `view` being of its piece; indices, and stacks of bases, it has all of."""
     if found.basis.ndim != 2:
         return found
     mine, kept = layout.projected(view), layout.kept(view)
@@ -178,7 +180,8 @@ def own_piece(found: Bases, view: MatrixView, layout: Layout) -> Bases:
 def _bases(request: Request, basis: Tensor, image: Tensor) -> Bases:
     """Add the left basis of a full projection: an orthonormal basis of the range of A P."""
     if request.view.full:
-        return Bases(basis, linalg.orthonormal(image / request.scale))
+        layout = request.layout.flipped
+        return Bases(basis, linalg.orthonormal(image / request.scale, layout, request.layout.kept(request.view).start))
     return Bases(basis, image=image)
 
 

@@ -118,7 +118,7 @@ def _track(b: Bucket, index: int, low: Tensor) -> None:
     gradient's energy than an exact basis now and then (arXiv 2410.16103 does so in every step).
     """
     matrix, held = _wide(b.matrix(index)), b.states[index]
-    image = linalg.product(matrix, DENSE.read(held, b.dtype)) if b.view.full else low  # A P (a, r)
+    image = _image(b, matrix, DENSE.read(held, b.dtype)) if b.view.full else low  # A P (a, r)
     scale = b.layout.max_all(_largest(image))
     adjoint = b.layout.sum_rows(linalg.product(matrix.T, image / scale))
     largest = b.layout.max_cols(_largest(adjoint))
@@ -127,8 +127,15 @@ def _track(b: Bucket, index: int, low: Tensor) -> None:
         return
     first = b.layout.projected(b.view).start
     basis = linalg.orthonormal(adjoint / torch.where(largest > 0, largest, 1.0), b.layout, first)
-    left = linalg.orthonormal(linalg.product(matrix, basis) / scale) if b.view.full else None
+    left = None
+    if b.view.full:
+        start = b.layout.kept(b.view).start
+        left = linalg.orthonormal(_image(b, matrix, basis) / scale, b.layout.flipped, start)
     _adopt(b, index, Bases(basis, left))
+
+
+def _image(b: Bucket, matrix: Tensor, basis: Tensor) -> Tensor:
+    return b.layout.sum_cols(linalg.product(matrix, basis))
 
 
 def _old(b: Bucket, held: State) -> Tensor:
@@ -152,7 +159,7 @@ def _adopt(b: Bucket, index: int, new: Bases) -> None:
             interval = min(2 * max(float(held[INTERVAL]), interval), LAZIEST * interval)
     elif hyper.stagger:
         interval -= b.offsets[index]
-    b.basis.store(held, new)
+    b.basis.store(held, new, b.layout)
     held["refreshes"] += 1
     if hyper.lazy is not None:
         held[INTERVAL].fill_(interval)
@@ -165,4 +172,4 @@ def _skip(b: Bucket, index: int) -> None:
     if int(held["refreshes"]) == 0:
         seed = random.mix(b.hyper.seed, b.positions[index])
         found = b.basis.arbitrary(b.whole, seed, b.params[index].device)
-        b.basis.store(held, own_piece(found, b.view, b.layout))
+        b.basis.store(held, own_piece(found, b.view, b.layout), b.layout)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from . import blocks
-from .basis import INDEX
+from .coordinates import INDEX
 from .free import FREE_RULES, FREE_SPACES
 from .hyper import Hyper
 from .validate import check_choices

@@ -63,16 +63,10 @@ def _projected(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> st
     projector = PROJECTORS.get(group.get("projector", "sketch"))
     if view.rank in (0, view.b):  # all or nothing of it: entry by entry
         return None
-    if view.full:
-        return "proj_type='full' has no side that is kept: choose proj_type='std'"
     if projector is None or projector.side == "flat":
         return f"projector={group.get('projector')!r} needs whole matrices: choose 'sketch', or 'columns'"
     if not layout.cols:
         return None
     if not projector.basis.splits:
         return f"projector={group['projector']!r} chooses among coordinates that are sharded: {KEEP}"
-    if group.get("basis_dtype") is not None:
-        return f"basis_dtype={group['basis_dtype']!r} has scales of whole columns: drop the option, or {KEEP}"
-    if group.get("projector") == "descend" and group.get("proj_rule") == "adafactor":
-        return "proj_rule='adafactor' has statistics of whole columns: choose 'adam', 'lion' or 'sgd'"
     return None

@@ -38,9 +38,7 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
     shape = tuple(param.shape) if view is None else view.low_shape
     moments: dict[str, Spec] = {}
     for name, size in RULES[hyper.rule].buffers(shape, hyper).items():
-        moments |= codec.specs(
-            name, size, param, hyper.state_dtype, axis_of(name, param.ndim, projected=view is not None)
-        )
+        moments |= codec.specs(name, size, param, hyper.state_dtype, axis_of(name, param.ndim, view))
     if view is None:
         on_device = runs_fused(param, hyper) and param.device.type == "cuda"
         return {"step": counter(param.device if on_device else "cpu"), **moments}
@@ -52,11 +50,11 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
     return {**described, **hyper.basis.specs(param, view, hyper), **moments}
 
 
-def axis_of(name: str, ndim: int, *, projected: bool) -> str:
+def axis_of(name: str, ndim: int, view: MatrixView | None) -> str:
     """What the rows of a moment are, for `Spec.axis`."""
-    if not projected:
+    if view is None:
         return sides.axes(ndim).get(name, "param")
-    return "" if name.endswith("_col") else "kept"
+    return "" if view.full or name.endswith("_col") else "kept"
 
 
 def delegates(param: Tensor, hyper: Hyper) -> bool:
