@@ -165,6 +165,9 @@ class _Part:
 def _sum(shadow: Lifecycle, weights: int, own: tuple[Cost, Cost]) -> RankPlan:
     params = [param for group in shadow.param_groups for param in group["params"]]
     shadow.summary()  # refuses what is not decided yet
+    for group in shadow.param_groups:
+        if "residual_warmup" in group:  # in which single entries are not known, and nothing is sent for them
+            group["residual_warmup"] = 1
     for param in params:
         param.requires_grad_(False)  # only those of a bucket take part in its steps
     known: dict[Any, _Part] = {}

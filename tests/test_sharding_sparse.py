@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lowmem.bench.plan_rank import rank_plan
 from lowmem.optim import Fira, GaLorePlus, LowRank
 from lowmem.optim.core.entries import kth_largest, largest
 from lowmem.optim.core.layout import ALONE, Layout
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from tests import test_plan_world as plans
 from tests.helpers import randn
 from tests.test_sharding import GAP, LR, RANK, STEPS, Build, compare, gradients, in_world, placed
 
@@ -258,3 +260,34 @@ def test_the_kth_largest_is_counted_with_those_above_and_beside_it() -> None:
     words = torch.tensor([5, 9, 9, 1 << 40, 0, 9, 3])
     for count, expected in {1: (1 << 40, 0, 1), 2: (9, 1, 3), 4: (9, 1, 3), 5: (5, 4, 1), 7: (0, 6, 1)}.items():
         assert kth_largest(words, count, lambda counts: counts) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------- plans
+
+
+def with_heads(model: Any, **options: Any) -> torch.optim.Optimizer:
+    matrices = {"params": [model.tall, model.other, model.wide], "rank": RANK, "num_heads": 2}
+    return GaLorePlus([matrices, {"params": [model.vector]}], head_select="max_norm", **options)
+
+
+@pytest.mark.parametrize("where", ["fsdp2", "kept", "hsdp"])
+@pytest.mark.parametrize("residual", ["exact", "additive", None])
+def test_a_plan_counts_what_single_entries_send(where: str, residual: str | None, monkeypatch: Any) -> None:
+    """State is that of the warm-up, traffic that of steps after it."""
+    warm, now = (lambda m, t=t: with_heads(m, residual_warmup=t, residual=residual) for t in (20, 1))
+    found = rank_plan(plans.Small("meta"), warm, plans.WORLDS[where])
+    state = plans.run(warm, plans.WORLDS[where], monkeypatch)[0]
+    _, step, refresh = plans.run(now, plans.WORLDS[where], monkeypatch)
+    assert found.state == state
+    assert (found.step.elements, found.step.bytes, found.step.calls) == step
+    extra = tuple(more - less for more, less in zip(refresh, step, strict=True))
+    assert (found.refresh.elements, found.refresh.bytes, found.refresh.calls) == extra
+
+
+def test_a_step_sends_three_numbers_for_an_entry() -> None:
+    """Indices and directions are gathered, gradients dealt out."""
+    matrices, count = plans.Matrices(64, 32), 256
+    for residual, sent in (("exact", 3 * count), (None, 0)):
+        options = {"residual": residual, "residual_density": count / (64 * 32)}
+        found = rank_plan(matrices, lambda m, o=options: GaLorePlus(m.parameters(), rank=RANK, **o), plans.World(8))
+        assert found.step.elements == 3 * sent
