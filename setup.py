@@ -11,9 +11,11 @@ PACKAGES = {
     "lowmem.optim.core": "optim/core",
     "lowmem.kernels": "kernels",
     "lowmem.bench": "bench",
+    "lowmem.bench.lab": "bench/lab",
 }
 
-BENCH = ["transformers>=4.45", "datasets>=2.20", "safetensors", "typer>=0.12", "rich", "matplotlib"]
+LAB = ["report.html", "report.css", "charts.js", "plots.js", "report.js", "presets/*.yaml"]
+BENCH = ["transformers>=4.45", "datasets>=2.20", "safetensors", "typer>=0.12", "rich", "matplotlib", "pyyaml"]
 TRITON = ["triton>=3.1; platform_system == 'Linux'"]
 TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "expecttest", "accelerate", "lightning", "sybil>=9", "pdoc>=15"]
 
@@ -28,7 +30,7 @@ setup(
     python_requires=">=3.10",
     package_dir=PACKAGES,
     packages=list(PACKAGES),
-    package_data={name: ["py.typed"] for name in PACKAGES},
+    package_data={name: ["py.typed"] for name in PACKAGES} | {"lowmem.bench.lab": ["py.typed", *LAB]},
     install_requires=["torch>=2.8", "numpy"],
     extras_require={
         "bench": BENCH,
@@ -36,6 +38,7 @@ setup(
         "triton": TRITON,
         "docs": ["pdoc>=15"],
         "lint": ["ruff", "mypy"],
+        "ray": ["ray>=2.9"],
         "peers": ["galore-torch", "bitsandbytes>=0.44", "torchao"],
         "bitsandbytes": ["bitsandbytes>=0.44"],
     },

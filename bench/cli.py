@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import UserError, one_line
 
-EXTRA = ("typer", "rich", "matplotlib", "transformers", "datasets", "safetensors")
+EXTRA = ("typer", "rich", "matplotlib", "transformers", "datasets", "safetensors", "yaml")
 
 
 def main() -> None:
@@ -30,8 +30,10 @@ def _run() -> int:
 
     from .commands import app
     from .finetune import finetune
+    from .lab.command import ablate
 
     app.command()(finetune)
+    app.command()(ablate)
     # Newer releases of typer carry a private copy of click, so its base error is reached through the public subclass.
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:

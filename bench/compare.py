@@ -18,6 +18,7 @@ from .optimizers import run_options
 from .options import parse_options
 from .report import Row, comparison_markdown, comparison_picture, comparison_table, mean_curve, read_curve
 from .rundir import Record, RunFolder, write_json
+from .runs import failure, identity_of, pretrain_words, raise_failures
 from .search import Entry, Outcome, Result, Run, best, expand, first_runs, labels, refuse_repeats, repeat_runs
 
 TABLE_WIDTH = 160
@@ -57,7 +58,8 @@ def compare(entries: Sequence[Entry], plan: Plan) -> None:
     repeats = _run_all([repeat_runs(best(outcomes), plan.seeds) for outcomes in points], plan)
     results = [Result(*parts) for parts in zip(entries, points, repeats, strict=True)]
     _report(results, plan)
-    _raise_failures(results)
+    failures = [outcome for result in results for outcome in result.failures]
+    raise_failures(failures, sum(len(result.points) + len(result.repeats) for result in results))
 
 
 def _run_all(groups: Sequence[Sequence[Run]], plan: Plan) -> list[list[Outcome]]:
@@ -82,7 +84,7 @@ def _run(run: Run, plan: Plan, console: Console) -> Record:
     options = parse_options(name, run_options(name), run.point.texts)
     config = replace(plan.shared, seed=run.seed, optimizer=name, options=options)
     folder = RunFolder(plan.out / run.folder)
-    if folder.finished and _holds(folder, config):
+    if folder.finished and folder.holds(identity_of(config)):
         console.print(f"{folder.path} holds this run already", markup=False)
     else:
         _train(run, config, folder, plan.save_every)
@@ -93,36 +95,12 @@ def _run(run: Run, plan: Plan, console: Console) -> Record:
 
 
 def _train(run: Run, config: RunConfig, folder: RunFolder, save_every: int) -> None:
-    command = [sys.executable, "-m", "lowmem.bench", "pretrain", f"--optimizer={run.point.optimizer}", *run.point.flags]
-    command += [*_shared_flags(config), f"--out={folder.path}", f"--save-every={save_every}"]
-    command += ["--resume"] if folder.started and not folder.finished else []
+    command = [sys.executable, *pretrain_words(config, run.point.flags, folder, save_every)]
     sys.stdout.flush()
     child = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if child.returncode:
-        lines = child.stderr.strip().splitlines() or [f"the process ended with {child.returncode}"]
-        kind = Diverged if child.returncode == Diverged.exit_code else UserError
-        raise kind(lines[-1].removeprefix("lowmem: "))
+        raise failure(child.returncode, child.stderr)
     sys.stderr.write(child.stderr)
-
-
-def _holds(folder: RunFolder, config: RunConfig) -> bool:
-    from .data import load_source
-    from .job import identity
-
-    return folder.holds(identity(config, load_source(config)))
-
-
-def _shared_flags(config: RunConfig) -> list[str]:
-    flags = []
-    for name, value in config.to_json().items():
-        flag = name.replace("_", "-")
-        if name in ("optimizer", "options"):
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags.append(f"--{flag}={value}")
-    return flags
 
 
 def _report(results: Sequence[Result], plan: Plan) -> None:
@@ -150,14 +128,3 @@ def _report(results: Sequence[Result], plan: Plan) -> None:
     table = Console(width=None if console.is_terminal else TABLE_WIDTH)
     table.print(comparison_table(rows))
     table.print(f"picture: {plan.out / 'compare.png'}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _raise_failures(results: Sequence[Result]) -> None:
-    folders: dict[str, list[str]] = {}
-    for outcome in (failure for result in results for failure in result.failures):
-        folders.setdefault(outcome.error, []).append(outcome.run.folder)
-    if folders:
-        failed = sum(map(len, folders.values()))
-        total = sum(len(result.points) + len(result.repeats) for result in results)
-        listed = "; ".join(f"{', '.join(names)}: {message}" for message, names in folders.items())
-        raise UserError(f"{failed} of {total} runs failed: {listed}")

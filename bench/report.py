@@ -82,18 +82,18 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 
 def loss_picture(path: Path, curve: Curve) -> None:
     """Write the losses of one run."""
-    figure, axes = _subplots(1)
-    _draw(axes[0], curve, COLOURS[0], MARKERS[0])
-    _finish_losses(axes[0], [curve])
+    figure, axes = subplots(1)
+    draw(axes[0], curve, COLOURS[0], MARKERS[0])
+    finish_losses(axes[0], [curve])
     figure.savefig(path)
 
 
 def comparison_picture(path: Path, curves: Sequence[Curve], rows: Sequence[Row]) -> None:
     """Write all curves, and the optimizer states as bars beside them."""
-    figure, axes = _subplots(2, width_ratios=[2.2, 1])
+    figure, axes = subplots(2, width_ratios=[2.2, 1])
     for index, curve in enumerate(curves):
-        _draw(axes[0], curve, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
-    _finish_losses(axes[0], curves)
+        draw(axes[0], curve, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+    finish_losses(axes[0], curves)
     sizes = [row.summary["optimizer_state_bytes"] / 1e6 for row in rows]
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(rows))]
     bars = axes[1].barh([row.label for row in rows], sizes, height=0.5, color=colours)
@@ -152,14 +152,16 @@ def comparison_markdown(rows: Sequence[Row]) -> str:
     return markdown_table(COLUMNS, cells(rows))
 
 
-def _subplots(count: int, **layout: Any) -> tuple[Any, list[Any]]:
+def subplots(count: int, **layout: Any) -> tuple[Any, list[Any]]:
+    """Return a figure and its axes, side by side."""
     figure = Figure(figsize=(4 + 4 * count, 4.8), dpi=120, layout="constrained")
     with rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         axes = figure.subplots(1, count, squeeze=False, **layout)
     return figure, list(axes[0])
 
 
-def _draw(axis: Any, curve: Curve, colour: str, marker: str) -> None:
+def draw(axis: Any, curve: Curve, colour: str, marker: str) -> None:
+    """Draw one curve: validation marked, the band of its seeds, training thin."""
     tokens, losses = curve.train
     width = max(1, len(losses) // 100)
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
@@ -169,7 +171,8 @@ def _draw(axis: Any, curve: Curve, colour: str, marker: str) -> None:
     axis.plot(*curve.held_out, color=colour, marker=marker, markersize=5, linewidth=1.8, label=curve.label)
 
 
-def _finish_losses(axis: Any, curves: Sequence[Curve]) -> None:
+def finish_losses(axis: Any, curves: Sequence[Curve]) -> None:
+    """Name the axes of drawn curves, and fit the range to them."""
     axis.set(xlabel="tokens", ylabel="loss (nats a token)", title="Validation (marked) and training (thin) loss")
     # The first steps from random weights would flatten everything else.
     shown = [loss for curve in curves for series in (curve.band or curve.held_out[1:]) for loss in series]

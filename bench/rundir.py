@@ -54,7 +54,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path} is a file: choose a folder")
         if self.started:
-            self._check_identity(identity)
+            self.check_identity(identity)
             if self.finished:
                 raise UserError(f"--out {self.path} holds a finished run: choose another --out")
             if not resume:
@@ -64,6 +64,15 @@ class RunFolder:
             raise UserError(f"--out {self.path} is not empty and no run folder: choose another --out")
         if resume:
             raise UserError(f"--out {self.path} holds no run to resume: leave --resume out to start one")
+
+    def check_identity(self, identity: Record) -> None:
+        """Raise a `UserError` that names what differs if the run that was started here has another identity."""
+        differences = _differences(read_json(self._config), identity)
+        if differences:
+            raise UserError(
+                f"--out {self.path} holds a run of another configuration ({'; '.join(differences)}): "
+                "choose another --out"
+            )
 
     def start(self, identity: Record) -> None:
         """Make the folder the run's own."""
@@ -151,14 +160,6 @@ class RunFolder:
             if record["step"] <= step:
                 kept.append(line + "\n")
         self._metrics.write_text("".join(kept), encoding="utf-8")
-
-    def _check_identity(self, identity: Record) -> None:
-        differences = _differences(read_json(self._config), identity)
-        if differences:
-            raise UserError(
-                f"--out {self.path} holds a run of another configuration ({'; '.join(differences)}): "
-                "choose another --out"
-            )
 
     @staticmethod
     def _remove(paths: Iterable[Path]) -> None:
