@@ -1,4 +1,4 @@
-"""What the documentation says can be run: snippets of Python run, cheap commands run, costly ones meet their parsers."""
+"""Snippets of the documentation run; so do cheap commands, and costly ones meet the parsers of what they call."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from lowmem.bench.options import parse_options
 from lowmem.bench.parallel import PARALLEL
 from lowmem.bench.search import expand
 from lowmem.optim import compat
+from lowmem.optim.core.hyper import Hyper
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ MADE_FOR_YOU = ("GradientRelease", "Matched")
 """Classes that a caller is handed and does not construct."""
 
 INHERITED = set(inspect.signature(lowmem.optim.GaLore).parameters)
+
+HAVE_RUN: set[tuple[str, ...]] = set()
 
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -140,6 +143,23 @@ def test_the_trainer_of_the_example_learns(tmp_path: Path, monkeypatch: pytest.M
     assert type(trainer.optimizer.optimizer) is lowmem.optim.GaLoreAdamW
 
 
+def test_defaults_in_the_tables_of_migration_are_those_of_the_code() -> None:
+    checked = 0
+    for title, rows in tables((ROOT / "docs" / "migration.md").read_text(encoding="utf-8")):
+        constructor = re.fullmatch(r"ours \(`([\w.]+)`\)", title[2]) if len(title) > 3 else None
+        if constructor is None:
+            continue
+        defaults = defaults_of(constructor[1])
+        for _, _, names, values, _ in rows:
+            if names == "-" or not values or "(" in names:
+                continue
+            split = re.split(r", (?![^(]*\))", values)
+            for name, value in zip(re.findall(r"`(\w+)`", names), split, strict=True):
+                assert said(defaults[name]) == value, f"{constructor[1]}: {name}={defaults[name]!r}, not {value}"
+                checked += 1
+    assert checked > 80
+
+
 def test_every_test_and_file_that_a_page_links_to_exists() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -186,6 +206,39 @@ def test_public_names_document_their_arguments(name: str) -> None:
 def snippets(page: Path, *parsers: Any) -> list[Example]:
     document: Document = Sybil(list(parsers)).parse(page)
     return list(document.examples())
+
+
+def tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Titles and rows of every table."""
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+        yield cells[0], cells[2:]
+
+
+def defaults_of(path: str) -> dict[str, Any]:
+    """Defaults of a constructor by name, those that it hands on included."""
+    cls, _, method = path.partition(".")
+    owner = getattr(lowmem.optim, cls)
+    chain = [*([getattr(owner, method)] if method else []), *owner.__mro__]
+    found: dict[str, Any] = {}
+    for made in chain:
+        parameters = inspect.signature(made).parameters
+        found = {name: parameter.default for name, parameter in parameters.items()} | found
+        if "options" not in parameters:
+            break
+    if owner is lowmem.optim.GaLore:  # None stands for what `compat` decides
+        group = owner([nn.Parameter(torch.zeros(1))]).param_groups[0]
+        hyper = Hyper.of(group)
+        found |= {"carry": hyper.carry, "state_dtype": hyper.state_dtype}
+    return found
+
+
+def said(value: Any) -> str:
+    """A default as the tables write it."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(said, value))})"
+    text = f"{value:g}" if isinstance(value, float) and 0 < value < 0.1 else str(value)
+    return re.sub(r"^(\d)e-0(\d)$", r"\1e-\2", {"0.01": "1e-2", "0.001": "1e-3"}.get(text, text))
 
 
 def headings(text: str) -> list[str]:
@@ -258,7 +311,9 @@ def run_line(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lowmem_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the command line; where its work takes minutes, all of it but the work."""
+    """Run the command line, once for all pages; where its work takes minutes, all of it but the work."""
+    if tuple(words) in HAVE_RUN:
+        return
     calls: list[tuple[Any, ...]] = []
     with monkeypatch.context() as patched:
         if words[0] in WORK:
@@ -273,6 +328,7 @@ def lowmem_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended.value.code == 0
     if words[0] in WORK:
         check_call(words[0], *calls[0])
+    HAVE_RUN.add(tuple(words))
 
 
 def check_call(command: str, first: Any, *rest: Any) -> None:
