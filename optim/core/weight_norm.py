@@ -93,8 +93,8 @@ def _tangential_(one: Bucket, matrix: Tensor, size: Tensor, length: Tensor) -> T
 
 
 def _step_size_(one: Bucket, held: State, radial: Tensor) -> None:
-    """`g <- (1 - lr wd) g - lr N`, N the direction of the rule on c; zero for a gradient that is not finite."""
-    radial = torch.where(radial.isfinite().all(), radial, 0.0)
+    """`g <- (1 - lr wd) g - lr N`, N the direction of the rule on c; a c without a finite norm counts as zero."""
+    radial = torch.where(torch.linalg.vector_norm(radial).isfinite(), radial, 0.0)
     held[STEP] += 1
     size, t = held[f"{PREFIX}weight"], int(held[STEP])
     moments = {name.removeprefix(PREFIX): value for name, value in held.items() if name.startswith(PREFIX)}
