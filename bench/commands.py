@@ -125,18 +125,21 @@ def compare(
 @app.command("step-time")
 def step_time(
     *,
-    model: Annotated[str, typer.Option(help="A model name or a config JSON.")] = "60m",
+    model: Annotated[str, typer.Option(help="A model name or a config JSON; several with commas between.")] = "60m",
     rank: Annotated[int, typer.Option(min=1, help="Rank of the projections.")] = 128,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16: the type of weights and gradients.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16, of weights and gradients; or fp32,bf16.")] = "fp32",
     rounds: Annotated[int, typer.Option(min=3, help="Timed steps of each contender; they take turns.")] = 12,
     gap: Annotated[int, typer.Option(min=1, help="Interval of the run with staggered refreshes.")] = 200,
     peers: Annotated[bool, typer.Option("--peers", help='Time the neighbours too (extra "peers").')] = False,
     methods: Annotated[bool, typer.Option("--methods", help="Time every method of the package.")] = False,
     eight_bit: Annotated[bool, typer.Option("--eight-bit", help="Time moments in 8 bits too.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the figures.", show_default="not written")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for the figures, with a picture beside.", show_default="not written")
+    ] = None,
 ) -> None:
-    """Time optimizer steps side by side: floor, ours, torch's AdamW, the neighbours."""
-    _check_dtype(dtype)
+    """Time optimizer steps side by side: floors, ours, torch's, the neighbours."""
+    for one in dtype.split(","):
+        _check_dtype(one)
     from .step_time import Settings
     from .step_time import step_time as run
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from .. import optim
 from ..optim.plan import by_kind
+from .floors import LR
 from .gpu_device import Bench
 from .models import SHAPES, Shape
 from .optimizers import state_bytes
-from .peers import LR, NEVER
+from .peers import NEVER
 
 Build = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,13 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Return the milliseconds that some work takes, with all that it queues on `device`."""
+    start = now(device)
+    work()
+    return 1e3 * (now(device) - start)
 
 
 def peak_memory(device: torch.device) -> int:

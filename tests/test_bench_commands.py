@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from lowmem.bench.turns import peak_bytes
 
 SMALL = {
     "model_type": "llama",
@@ -142,7 +144,8 @@ def test_step_time_prints_both_tables_and_writes_the_figures(tmp_path):
     run = lowmem("step-time", *flags, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     for text in (
-        "GEMM floor",
+        "floors, milliseconds",
+        "vs own floor",
         "GaLore",
         "Frugal",
         "Flora",
@@ -152,11 +155,24 @@ def test_step_time_prints_both_tables_and_writes_the_figures(tmp_path):
         "staggered",
     ):
         assert text in run.stdout
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert [row["name"] for row in figures["projected"]][:2] == ["GEMM floor", "GaLore"]
-    ours = figures["projected"][1]
+    (figures,) = json.loads((tmp_path / "figures.json").read_text())["runs"]
+    assert set(figures["floors"]) == {"pass", "products", "descent"}
+    ours = figures["projected"][0]
+    assert ours["name"] == "GaLore"
+    assert ours["floor"] == figures["floors"]["products"]
     assert ours["amortised_50"] == pytest.approx(ours["plain"] + (ours["refresh"] - ours["plain"]) / 50)
     assert 0.9 <= figures["energy"]["cold_min"] <= 1.0 + 1e-5
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_peak_of_a_step_is_what_it_allocates():
+    class Doubling:
+        def step(self):
+            whole = torch.empty(1 << 20)
+            del whole
+            return torch.empty(3 << 18) + torch.empty(1)
+
+    assert 6 << 20 <= peak_bytes(Doubling()) < (6 << 20) + 4096
 
 
 @pytest.mark.parametrize(
