@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import json
 import os
 import re
 import runpy
@@ -12,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import lowmem.optim
 import pytest
 import torch
 import torch.distributed as dist
-from lowmem.bench import cli
+from lowmem.bench import cli, plan_picture
 from lowmem.bench.optimizers import run_options
 from lowmem.bench.options import parse_options
 from lowmem.bench.parallel import PARALLEL
@@ -158,6 +160,33 @@ def test_defaults_in_the_tables_of_migration_are_those_of_the_code() -> None:
                 assert said(defaults[name]) == value, f"{constructor[1]}: {name}={defaults[name]!r}, not {value}"
                 checked += 1
     assert checked > 80
+
+
+def test_the_picture_of_memory_is_that_of_the_planner(tmp_path: Path) -> None:
+    figures = json.loads((plan_picture.RESULTS / "memory_7b.json").read_text(encoding="utf-8"))
+    assert list(figures) == list(plan_picture.METHODS)
+    names = ["FRUGAL, density 0.25", "GaLore 8bit, r = 1024, release"]
+    found = plan_picture.bars("7b", names)
+    for bar in found:
+        kept = {name: size for name, size in asdict(bar).items() if name != "rest"}
+        assert kept == {name: figures[bar.name][name] for name in kept}
+        assert bar.peak == pytest.approx(figures[bar.name]["peak"], rel=0.02)  # the workspace is the code's of its day
+    plan_picture.picture(found, tmp_path / "memory.png", "two")
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+
+
+def test_measured_figures_of_choosing_are_those_of_the_results() -> None:
+    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    rows = {row[0]: row for title, table in tables(text) for row in table if "fine-tuning" in title[-2]}
+    assert len(rows) == 7
+    tuned = (plan_picture.RESULTS / "finetune.md").read_text(encoding="utf-8")
+    points = {entry[0]: entry[3] for title, table in tables(tuned) if title[0] == "optimizer" for entry in table}
+    trained = json.loads((plan_picture.RESULTS / "compare_all_tiny.json").read_text(encoding="utf-8"))
+    runs = {run["label"]: run for run in trained}
+    for name, row in rows.items():
+        label = name.lower().replace("+", "plus").replace(" ", "")
+        loss, state = (runs[label][key] / runs["adamw"][key] for key in ("val_loss_mean", "optimizer_state_bytes"))
+        assert row[1:4] == [f"{100 * (loss - 1):+.1f} %", f"{100 * state:.1f} %", points[label]]
 
 
 def test_every_test_and_file_that_a_page_links_to_exists() -> None:
