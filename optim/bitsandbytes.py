@@ -85,6 +85,7 @@ def to_bitsandbytes(state_dict: Mapping[str, Any], params: ParamsT) -> StateDict
             not AdamW; names the key.
     """
     neutral = {"state_dtype": "bnb8", "rule": "adamw", "compat": None, "maximize": False, "correct_bias": True}
+    neutral |= {"stacked": False}
     groups = [
         _group(group, neutral) | {"alpha": 0.0, "t_alpha": None, "t_beta3": None}
         for group in state_dict["param_groups"]

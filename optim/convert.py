@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .core import stack
 from .core.adaptive import AUTO
 from .core.checkpoint import CONVERTIBLE, merged_groups
 from .core.conversion import Conversion
@@ -68,10 +70,24 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: Lifecycle) -> StateD
         with _holding(optimizer, held):
             for param, key in zip(mine["params"], saved["params"], strict=True):
                 if param in held:
-                    state[key] = Conversion(optimizer, param, (before, after), position).of(held[param])
-                position += 1
+                    state[key] = _converted(optimizer, param, (before, after), position, held[param])
+                position += stack.count(param, mine)
         groups.append(copy.deepcopy(result))
     return {"state": state, "param_groups": groups}
+
+
+def _converted(optimizer: Lifecycle, param: Tensor, groups: tuple[Group, Group], position: int, saved: Any) -> Any:
+    """The state of a parameter; of a stack, that of every matrix."""
+    if not groups[1].get(stack.OPTION):
+        return Conversion(optimizer, param, groups, position).of(saved)
+    if any(value.shape[:1] != param.shape[:1] for value in saved.values()):
+        raise ValueError(f"the state of a {tuple(param.shape)} parameter is not that of a stack: drop 'stacked'")
+    before, after = ({name: value for name, value in group.items() if name != stack.OPTION} for group in groups)
+    parts = [
+        Conversion(optimizer, stack.one(param, groups[1]), (before, after), position + number).of(held)
+        for number, held in enumerate(stack.states(saved, len(param)))
+    ]
+    return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
 
 def _check(ours: list[Group], theirs: list[Group], state: Mapping[Any, Mapping[str, Any]]) -> None:

@@ -19,8 +19,8 @@ class Match:
     Args:
         pattern: Their name, with * for the numbers of layers.
         shape: Their shape.
-        treatment: As "rank 128", "density 0.25", "plain", "plain, no decay"; or why they are in no group: "frozen",
-            "quantised", "in no group".
+        treatment: As "rank 128", "rank 128, stacked", "density 0.25", "plain", "plain, no decay"; or why they are in
+            no group: "frozen", "quantised", "in no group".
         names: Their full names.
     """
 
@@ -86,6 +86,7 @@ def _place(row: Match) -> int:
 def _treatment(group: Mapping[str, Any]) -> str:
     sizes = ((name, group.get(name)) for name in ("rank", "density"))
     size = next((f"{name} {value}" for name, value in sizes if value is not None), "plain")
+    size += ", stacked" if group.get("stacked") else ""
     return size + (", no decay" if group.get("weight_decay") == 0.0 else "")
 
 

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from .targets import (
     ALL_LINEAR,
     Names,
+    experts,
     linear_layers,
     listed,
-    named_layers,
+    named_weights,
     papers,
     quantised_layers,
     ranks_of,
+    stacks,
     undecayed,
     without,
 )
@@ -49,9 +51,11 @@ def param_groups(
         param_groups(model, rank=128, targets=["attn", "mlp"], exclude=["k_proj"], weight_decay_exclude=True)
 
     Projected are the weights of linear layers (`nn.Linear`, and Hugging Face's `Conv1D`) but for the output head and
-    weights tied to an embedding; embeddings, head, norms, biases, stacks of experts (experts, m, n) and everything else
-    are plain. A shared weight is in one group, once. Frozen parameters and quantised layers are in none: what is
-    unfrozen later is added by `optimizer.add_param_group`. `matched(model, groups)` tells all of it by name.
+    weights tied to an embedding, and the stacks (experts, m, n) of fused mixtures of experts, told by their name or
+    class, in groups with `stacked=True`: every expert is a matrix of its own. Embeddings, head, norms, biases and
+    everything else are plain. A shared weight is in one group, once. Frozen parameters and quantised layers are in
+    none: what is unfrozen later is added by `optimizer.add_param_group`. `matched(model, groups)` tells all of it by
+    name.
 
     Args:
         model: The model.
@@ -60,7 +64,8 @@ def param_groups(
             for every rank; patterns are those of a list of `targets`.
         targets: Which layers instead, as in transformers: a string is a regular expression for a layer's whole name;
             a list has names, parts of names (`"q_proj"`, `"attn"`) and expressions for whole names. Convolutions can
-            be named, and are projected as (out, rest) matrices. "all-linear" is the default.
+            be named, and are projected as (out, rest) matrices; so can any parameter of three dimensions, which is a
+            stack. "all-linear" is the default.
         exclude: Which of these layers are plain after all, in the same notation. Default: none.
         weight_decay_exclude: Which parameters do not decay, in groups of their own: the same notation for names of
             parameters, a function of name and parameter, or True for biases and weights of norms, as in
@@ -74,30 +79,32 @@ def param_groups(
     Raises:
         ValueError: Nothing is matched, or a pattern matches no layer or parameter.
     """
-    layers = _chosen(model, targets, exclude)
+    chosen = _chosen(model, targets, exclude)
     names = {id(param): (name, param) for name, param in model.named_parameters() if param.requires_grad}
     # By layer, whose order is the model's, and once where layers share a weight.
-    owners = {id(layer.weight): name for name, layer in reversed(layers.items()) if id(layer.weight) in names}
-    projected = [key for key in dict.fromkeys(id(layer.weight) for layer in layers.values()) if key in owners]
+    owners = {id(weight): name for name, weight in reversed(chosen.items()) if id(weight) in names}
+    projected = [key for key in dict.fromkeys(id(weight) for weight in chosen.values()) if key in owners]
     if not projected:
         raise ValueError(_nothing(model))
     plain = [pair for key, pair in names.items() if key not in owners]
     still = undecayed(model, [name for name, _ in names.values()], weight_decay_exclude)
     groups = list(_by_decay({}, plain, still))
+    held = {id(param) for param in stacks(model).values()}
     for size, keys in _by_rank(projected, owners, rank, "density" in options):
-        groups += _by_decay({**size, **options}, [names[key] for key in keys], still)
+        for extra, part in (({}, set(keys) - held), ({"stacked": True}, held)):
+            groups += _by_decay({**size, **options, **extra}, [names[key] for key in keys if key in part], still)
     if not named:
         for group in groups:
             group["params"] = [param for _, param in group["params"]]
     return groups
 
 
-def _chosen(model: nn.Module, targets: Names | None, exclude: Names) -> dict[str, Any]:
+def _chosen(model: nn.Module, targets: Names | None, exclude: Names) -> dict[str, nn.Parameter]:
     layers = linear_layers(model)
     if targets is None or targets == ALL_LINEAR:
-        chosen = {name: layers[name] for name in papers(model, layers)}
+        chosen = {name: layers[name].weight for name in papers(model, layers)} | experts(model)
     else:
-        chosen = named_layers(model, layers, targets)
+        chosen = named_weights(model, layers, targets)
     return {name: chosen[name] for name in without(chosen, exclude)} if exclude else chosen
 
 

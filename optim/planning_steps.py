@@ -130,10 +130,11 @@ def _peak(shadow: Optimizer) -> int:
 
 def _buffers(shadow: Optimizer, params: list[Tensor]) -> int:
     """R and N of an optimizer that makes them."""
-    sizes = [0]
+    sizes, own = [0], set(params)
     for bucket in shadow._planned() if isinstance(shadow, SubspaceOptimizer) else ():
-        count = len(set(params).intersection(bucket.params))
         if bucket.view is not None:
+            places = zip(bucket.params, bucket.positions, strict=True)
+            count = min(bucket.most, sum(len(numbers) for param, numbers in places if param in own))
             a, r = bucket.view.low_shape
             sizes.append(2 * count * a * r * work_dtype(bucket.params[0].dtype).itemsize)
     return max(sizes)

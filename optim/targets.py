@@ -15,6 +15,9 @@ Names = str | Sequence[str]
 HEAD_NAMES = ("lm_head", "embed_out", "output_projection", "score", "classifier")
 """Last parts of the names of output layers, which the papers leave full-rank."""
 
+EXPERTS = ("expert", "moe")
+"""Parts of the names of fused mixtures of experts, or of their classes."""
+
 QUANTISED = ("Params4bit", "Int8Params")
 """Weights of bitsandbytes, which say that they are floats until they are moved to a GPU."""
 
@@ -41,18 +44,26 @@ def papers(model: nn.Module, layers: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def named_layers(model: nn.Module, layers: Mapping[str, Any], targets: Names) -> dict[str, Any]:
-    """The linear and convolutional layers that `targets` mean.
+def named_weights(model: nn.Module, layers: Mapping[str, Any], targets: Names) -> dict[str, nn.Parameter]:
+    """Weights of the linear and convolutional layers, and stacks of experts, that `targets` mean.
+
+    A layer has its own name, a stack that of the parameter; that of its module means all stacks of it.
 
     Raises:
         ValueError: One of `targets` means none of them; the error tells what it does mean, if anything.
     """
     convolutions = {name: m for name, m in model.named_modules() if isinstance(m, _ConvNd)}
-    candidates = {**layers, **convolutions}
+    found = {name: layer.weight for name, layer in {**layers, **convolutions}.items()}
+    held = stacks(model)
     for target in _each(targets):
-        if not matching(candidates, target):
+        if not (matching(found, target) or _of_stacks(held, target)):
             raise ValueError(_nothing(model, layers, target))
-    return {name: candidates[name] for name in matching(candidates, targets)}
+    chosen = {name: found[name] for name in matching(found, targets)}
+    return chosen | {name: held[name] for name in _of_stacks(held, targets)}
+
+
+def _of_stacks(names: Iterable[str], targets: Names) -> list[str]:
+    return [name for name in names if _matches(name, targets) or _matches(name.rpartition(".")[0], targets)]
 
 
 def matching(names: Iterable[str], targets: Names) -> list[str]:
@@ -137,10 +148,24 @@ def quantised_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if is_quantised(module)]
 
 
-def stacks(model: nn.Module) -> list[str]:
-    """Names of parameters (experts, m, n) that hold one matrix for every expert, as fused mixtures of experts do."""
+def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of three dimensions that may be stacks of matrices, by name: all but kernels of convolutions."""
     owners = {name: module for name, module in model.named_modules() if not isinstance(module, _ConvNd)}
-    return [n for n, param in model.named_parameters() if param.ndim == 3 and n.rpartition(".")[0] in owners]
+    return {
+        name: param
+        for name, param in model.named_parameters()
+        if param.ndim == 3 and param.is_floating_point() and name.rpartition(".")[0] in owners
+    }
+
+
+def experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Those (experts, m, n) of fused mixtures of experts, told by name; a table of positions is none."""
+    found = {}
+    for name, param in stacks(model).items():
+        told = f"{name} {type(model.get_submodule(name.rpartition('.')[0])).__name__}".lower()
+        if any(part in told for part in EXPERTS):
+            found[name] = param
+    return found
 
 
 def listed(names: Sequence[str]) -> str:
@@ -154,12 +179,6 @@ def _nothing(model: nn.Module, layers: Mapping[str, Any], target: Names) -> str:
         return (
             f"target {shown} matches no linear layer but quantised ones, {listed(found)}, whose codes no optimizer can "
             'train: load the model without quantization_config, or name its adapters: targets=["lora_A", "lora_B"]'
-        )
-    if found := [name for name in stacks(model) if _matches(name, target) or _matches(name.rpartition(".")[0], target)]:
-        return (
-            f"target {shown} matches no linear layer but stacks of experts, {listed(found)}, which would be projected "
-            "as one matrix (experts, m n) each: leave them out of targets, they are plain and take "
-            'state_dtype="8bit"; experts that are nn.Linear layers can be projected'
         )
     return f"target {shown} matches no linear layer; there are {listed(list(layers))}{_hint('targets', target)}"
 

@@ -209,13 +209,30 @@ class Experts(nn.Module):
         self.gate_up_proj, self.down_proj = nn.Parameter(randn(4, 16, 8)), nn.Parameter(randn(4, 8, 16))
 
 
-def test_stacks_of_experts_are_plain_and_not_projected_as_one_matrix() -> None:
+def test_stacks_of_experts_are_projected_as_stacks() -> None:
     model = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "experts": Experts()})
-    stacks = {"experts.gate_up_proj", "experts.down_proj"}
-    assert stacks <= set(matched(model, param_groups(model, rank=2)).names("plain"))
-    for targets in (["experts"], ["q_proj", "gate_up_proj"], r"experts\.down_proj"):
-        with pytest.raises(ValueError, match=r"stacks of experts, experts\.[\s\S]*state_dtype=\"8bit\""):
-            param_groups(model, rank=2, targets=targets)
+    up, down = "experts.gate_up_proj", "experts.down_proj"
+    report = matched(model, param_groups(model, rank=2))
+    assert report.names("rank 2, stacked") == [up, down]
+    assert "q_proj.weight" in report.names("rank 2")
+    for targets, found in (
+        (["experts"], [up, down]),
+        (["q_proj", "gate_up_proj"], [up]),
+        (r"experts\.down_proj", [down]),
+    ):
+        assert matched(model, param_groups(model, rank=2, targets=targets)).names("rank 2, stacked") == found
+    ranks = {"gate_up": 3, ".*": 2}
+    assert matched(model, param_groups(model, rank=ranks)).names("rank 3, stacked") == [up]
+    report = matched(model, param_groups(model, rank=2, exclude=["experts"]))
+    assert report.names("rank") == ["q_proj.weight"]
+    assert {up, down} <= set(report.names("plain"))
+
+
+def test_a_table_of_positions_is_no_stack_unless_it_is_named() -> None:
+    model = nn.Module()
+    model.proj, model.positions = nn.Linear(8, 8), nn.Parameter(randn(1, 16, 8))
+    assert "positions" in matched(model, param_groups(model, rank=2)).names("plain")
+    assert matched(model, param_groups(model, rank=2, targets=["positions"])).names("rank 2, stacked") == ["positions"]
 
 
 @pytest.mark.parametrize(("name", "options"), [("Linear4bit", {}), ("Linear8bitLt", {"has_fp16_weights": False})])

@@ -102,6 +102,8 @@ class Lifecycle(Groups):
         for bucket in self._bucket(plan, hyper, warming=warming).parts():
             with whole_bases(bucket):
                 (self.plain if plan.view is None else self._project)(bucket)
+        if plan.stacked:
+            self._count(plan)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -202,8 +204,19 @@ class Lifecycle(Groups):
             return held
         known = self._pieces.get(param)
         if known is None or known[0] is not held:
-            known = self._pieces[param] = (held, {name: local(value) for name, value in held.items()})
+            pieces = {name: local(value) for name, value in held.items()}
+            if isinstance(layout.sharding, stack.Stacked) and {"until_refresh", "basis_key"} & pieces.keys():
+                pieces |= {name: value.cpu() for name, value in pieces.items() if state.is_counter(name)}
+            known = self._pieces[param] = (held, pieces)
         return known[1]
+
+    def _count(self, plan: Plan) -> None:
+        """Store the counters of sharded stacks, which lie on a device: a step works on copies that it can read."""
+        for param in plan.params:
+            held, pieces = self._pieces.get(param, ({}, {}))
+            for name, piece in pieces.items():
+                if piece.device != held[name].device:
+                    local(held[name]).copy_(piece)
 
     def _given(self) -> bool:
         """Tell whether there is a gradient at all."""

@@ -106,6 +106,8 @@ def check(param: Tensor, group: Mapping[str, Any], optimizer: str) -> None:
     Raises:
         ValueError: The parameter has not three dimensions, or an option looks at more than one matrix.
     """
+    if group.get(OPTION, False) not in (True, False):
+        raise ValueError(f"Invalid stacked: {group[OPTION]!r}; need True or False")
     if not group.get(OPTION):
         return
     if param.ndim != 3:
@@ -152,6 +154,11 @@ def matrices(
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor, State]]]:
     """Every matrix of a stack that this rank has: its number, weight, gradient and state, in views of the pieces."""
     numbers = sharding.numbers() if isinstance(sharding, Stacked) else range(len(param))
+    for number, *pair, one in zip(numbers, param.detach(), grad, states(held, len(param)), strict=True):
+        yield number, (*pair, one)
+
+
+def states(held: Mapping[str, Tensor], size: int) -> list[State]:
+    """The state of every matrix of so many, in views of that of the stack."""
     parts = {name: value.unbind() for name, value in held.items()}
-    for index, (number, weight, slope) in enumerate(zip(numbers, param.detach(), grad, strict=True)):
-        yield number, (weight, slope, {name: part[index] for name, part in parts.items()})
+    return [{name: part[index] for name, part in parts.items()} for index in range(size)]
