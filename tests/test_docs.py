@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import inspect
-import json
-import os
 import re
 import runpy
-import shlex
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,46 +14,18 @@ import lowmem.optim
 import pytest
 import torch
 import torch.distributed as dist
-from lowmem.bench import cli, plan_picture
-from lowmem.bench.optimizers import run_options
-from lowmem.bench.options import parse_options
-from lowmem.bench.parallel import PARALLEL
-from lowmem.bench.search import expand
 from lowmem.optim import compat
-from lowmem.optim.core.hyper import Hyper
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from tests.doc_commands import lines_of, run_line
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LANGUAGES = ("python", "sh")
-
-AS_WRITTEN = ("plan", "optimizers")
-"""Commands of `lowmem` that take seconds."""
-
-WORK = {
-    "pretrain": "lowmem.bench.pretrain:pretrain",
-    "compare": "lowmem.bench.compare:compare",
-    "finetune": "lowmem.bench.finetune_compare:finetune",
-    "step-time": "lowmem.bench.step_time:step_time",
-    "gpu-check": "lowmem.bench.gpu_check:gpu_check",
-}
-"""Commands of `lowmem` that train or time for minutes: all of them runs but this function, where the work begins."""
-
-ONLY_READ = ("apt-get", "zcat")
-"""Programs outside of the project, of which the shell reads the line and no more."""
-
-MADE_FOR_YOU = ("GradientRelease", "Matched")
-"""Classes that a caller is handed and does not construct."""
-
-INHERITED = set(inspect.signature(lowmem.optim.GaLore).parameters)
-
-HAVE_RUN: set[tuple[str, ...]] = set()
-
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
@@ -112,6 +77,7 @@ def test_every_block_of_code_is_one_that_runs(page: Path) -> None:
     [
         ("lowmem pretrain --optimizer galore --rang 8", "unknown flag --rang"),
         ("lowmem compare 'galore rnak=8'", "no option 'rnak'"),
+        ("lowmem ablate 'galore rnak=8'", "no option 'rnak'"),
         ("lowmem step-time --model 60m --pears", "--pears"),
         ("torchrun --nproc-per-knode 8 -m lowmem.bench pretrain", "2"),
         ("torchrun --nproc-per-node 8 -m lowmem.bench pretrain --parallel fsdp9", "fsdp9"),
@@ -145,50 +111,6 @@ def test_the_trainer_of_the_example_learns(tmp_path: Path, monkeypatch: pytest.M
     assert type(trainer.optimizer.optimizer) is lowmem.optim.GaLoreAdamW
 
 
-def test_defaults_in_the_tables_of_migration_are_those_of_the_code() -> None:
-    checked = 0
-    for title, rows in tables((ROOT / "docs" / "migration.md").read_text(encoding="utf-8")):
-        constructor = re.fullmatch(r"ours \(`([\w.]+)`\)", title[2]) if len(title) > 3 else None
-        if constructor is None:
-            continue
-        defaults = defaults_of(constructor[1])
-        for _, _, names, values, _ in rows:
-            if names == "-" or not values or "(" in names:
-                continue
-            split = re.split(r", (?![^(]*\))", values)
-            for name, value in zip(re.findall(r"`(\w+)`", names), split, strict=True):
-                assert said(defaults[name]) == value, f"{constructor[1]}: {name}={defaults[name]!r}, not {value}"
-                checked += 1
-    assert checked > 80
-
-
-def test_the_picture_of_memory_is_that_of_the_planner(tmp_path: Path) -> None:
-    figures = json.loads((plan_picture.RESULTS / "memory_7b.json").read_text(encoding="utf-8"))
-    assert list(figures) == list(plan_picture.METHODS)
-    names = ["FRUGAL, density 0.25", "GaLore 8bit, r = 1024, release"]
-    found = plan_picture.bars("7b", names)
-    for bar in found:
-        kept = {name: size for name, size in asdict(bar).items() if name != "rest"}
-        assert kept == {name: figures[bar.name][name] for name in kept}
-        assert bar.peak == pytest.approx(figures[bar.name]["peak"], rel=0.02)  # the workspace is the code's of its day
-    plan_picture.picture(found, tmp_path / "memory.png", "two")
-    assert (tmp_path / "memory.png").stat().st_size > 10_000
-
-
-def test_measured_figures_of_choosing_are_those_of_the_results() -> None:
-    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
-    rows = {row[0]: row for title, table in tables(text) for row in table if "fine-tuning" in title[-2]}
-    assert len(rows) == 7
-    tuned = (plan_picture.RESULTS / "finetune.md").read_text(encoding="utf-8")
-    points = {entry[0]: entry[3] for title, table in tables(tuned) if title[0] == "optimizer" for entry in table}
-    trained = json.loads((plan_picture.RESULTS / "compare_all_tiny.json").read_text(encoding="utf-8"))
-    runs = {run["label"]: run for run in trained}
-    for name, row in rows.items():
-        label = name.lower().replace("+", "plus").replace(" ", "")
-        loss, state = (runs[label][key] / runs["adamw"][key] for key in ("val_loss_mean", "optimizer_state_bytes"))
-        assert row[1:4] == [f"{100 * (loss - 1):+.1f} %", f"{100 * state:.1f} %", points[label]]
-
-
 def test_every_test_and_file_that_a_page_links_to_exists() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
@@ -207,67 +129,9 @@ def test_links_to_headings_find_them() -> None:
             assert heading in found, f"{page.name}: #{heading}"
 
 
-def test_the_reference_is_built_without_a_warning(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "api.py"), str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    page = (tmp_path / "lowmem" / "optim.html").read_text(encoding="utf-8")
-    missing = [name for name in lowmem.optim.__all__ if f'<section id="{name}">' not in page]
-    assert missing == []
-    assert 'id="GaLore.update"' not in page
-
-
-@pytest.mark.parametrize("name", lowmem.optim.__all__)
-def test_public_names_document_their_arguments(name: str) -> None:
-    found = getattr(lowmem.optim, name)
-    text = inspect.cleandoc(found.__doc__ or "")
-    assert text
-    section = re.match(r"(?: .*\n|\n)*", text.partition("Args:\n")[2] + "\n")
-    documented = set(re.findall(r"^    (\w+): ", section[0] if section else "", flags=re.MULTILINE))
-    parameters = set(inspect.signature(found).parameters)
-    if name in MADE_FOR_YOU or (isinstance(found, type) and "__init__" not in vars(found)):
-        assert documented <= parameters | INHERITED
-    else:
-        assert parameters <= documented <= parameters | (INHERITED if "options" in parameters else set())
-
-
 def snippets(page: Path, *parsers: Any) -> list[Example]:
     document: Document = Sybil(list(parsers)).parse(page)
     return list(document.examples())
-
-
-def tables(text: str) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Titles and rows of every table."""
-    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
-        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
-        yield cells[0], cells[2:]
-
-
-def defaults_of(path: str) -> dict[str, Any]:
-    """Defaults of a constructor by name, those that it hands on included."""
-    cls, _, method = path.partition(".")
-    owner = getattr(lowmem.optim, cls)
-    chain = [*([getattr(owner, method)] if method else []), *owner.__mro__]
-    found: dict[str, Any] = {}
-    for made in chain:
-        parameters = inspect.signature(made).parameters
-        found = {name: parameter.default for name, parameter in parameters.items()} | found
-        if "options" not in parameters:
-            break
-    if owner is lowmem.optim.GaLore:  # None stands for what `compat` decides
-        group = owner([nn.Parameter(torch.zeros(1))]).param_groups[0]
-        hyper = Hyper.of(group)
-        found |= {"carry": hyper.carry, "state_dtype": hyper.state_dtype}
-    return found
-
-
-def said(value: Any) -> str:
-    """A default as the tables write it."""
-    if isinstance(value, tuple):
-        return f"({', '.join(map(said, value))})"
-    text = f"{value:g}" if isinstance(value, float) and 0 < value < 0.1 else str(value)
-    return re.sub(r"^(\d)e-0(\d)$", r"\1e-\2", {"0.01": "1e-2", "0.001": "1e-3"}.get(text, text))
 
 
 def headings(text: str) -> list[str]:
@@ -314,104 +178,3 @@ def prepared(folder: Path) -> Iterator[dict[str, Any]]:
         for handle in handles:
             handle.remove()
         compat.uninstall()
-
-
-def lines_of(block: str) -> list[str]:
-    """Commands of a block, continued lines joined."""
-    joined = str(block).replace("\\\n", " ")
-    return [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-
-
-def run_line(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run or parse every command of a line."""
-    subprocess.run(["bash", "-n", "-c", line], check=True)
-    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|>")
-    lexer.whitespace_split = True
-    commands: list[list[str]] = [[]]
-    for word in lexer:
-        if word == ">":
-            next(lexer)  # the file
-        elif word in ("&&", "|"):
-            commands.append([])
-        else:
-            commands[-1].append(word)
-    for program, *words in commands:
-        PROGRAMS[program](words, monkeypatch)
-
-
-def lowmem_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the command line, once for all pages; where its work takes minutes, all of it but the work."""
-    if tuple(words) in HAVE_RUN:
-        return
-    calls: list[tuple[Any, ...]] = []
-    with monkeypatch.context() as patched:
-        if words[0] in WORK:
-            module, _, function = WORK[words[0]].partition(":")
-            patched.setattr(importlib.import_module(module), function, lambda *given: calls.append(given) or True)
-        elif words[0] not in AS_WRITTEN:
-            raise AssertionError(f"lowmem {words[0]} is in neither AS_WRITTEN nor WORK")
-        patched.setattr(sys, "argv", ["lowmem", *words])
-        patched.setenv("TRITON_INTERPRET", os.environ.get("TRITON_INTERPRET", "0"))
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    assert ended.value.code == 0
-    if words[0] in WORK:
-        check_call(words[0], *calls[0])
-    HAVE_RUN.add(tuple(words))
-
-
-def check_call(command: str, first: Any, *rest: Any) -> None:
-    """What the work itself would refuse at once."""
-    if command == "pretrain":
-        assert rest[1].parallel in PARALLEL, f"--parallel {rest[1].parallel}"
-    if command in ("compare", "finetune"):
-        for point in (point for entry in first for point in expand(entry)):
-            texts = {name: text for name, text in point.texts.items() if name != "init"}
-            parse_options(point.optimizer, run_options(point.optimizer), texts)
-
-
-def torchrun(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The launcher's own parser, then ours."""
-    from torch.distributed.run import get_args_parser
-
-    given = get_args_parser().parse_args(words)
-    assert (given.module, given.training_script) == (True, "lowmem.bench")
-    lowmem_command(given.training_script_args, monkeypatch)
-
-
-def pip(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pip's own parser; extras are those of the package."""
-    from pip._internal.commands import create_command
-
-    command, *rest = words
-    _, targets = create_command(command).parse_args(rest)
-    asked = {extra for target in targets for extra in re.findall(r"\w+", (re.findall(r"\[(.*)\]", target) or [""])[0])}
-    extras = (ROOT / "setup.py").read_text(encoding="utf-8").partition("extras_require")[2]
-    known = set(re.findall(r'^        "(\w+)": ', extras, re.MULTILINE))
-    assert asked <= known, f"extras {asked - known}"
-
-
-def make(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make's own dry run."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    done = subprocess.run(["make", "--dry-run", *words], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-def python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Examples, which have tests of their own."""
-    assert ROOT / words[0] in EXAMPLES, words[0]
-
-
-def nothing(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read by the shell alone."""
-
-
-PROGRAMS: dict[str, Callable[[list[str], pytest.MonkeyPatch], None]] = {
-    "lowmem": lowmem_command,
-    "torchrun": torchrun,
-    "pip": pip,
-    "make": make,
-    "python": python,
-    **dict.fromkeys(ONLY_READ, nothing),
-}
