@@ -210,20 +210,6 @@ def test_bf16_weights_are_rounded_by_their_place_in_the_whole(name: str, roundin
     in_world(3, body)
 
 
-@pytest.mark.parametrize(
-    ("build", "dim", "message"),
-    [
-        (lambda p: Frugal(p, density=0.5, projector="randk"), 0, "projector='randk' needs whole matrices"),
-    ],
-)
-def test_what_cannot_be_sharded_is_refused_with_a_way_out(build: Build, dim: int, message: str) -> None:
-    def body() -> None:
-        with pytest.raises(NotImplementedError, match=message):
-            run(build, SHAPES["tall"], placed(2, dim))
-
-    in_world(2, body)
-
-
 def test_a_step_without_refresh_sends_nothing_where_the_kept_side_is_sharded() -> None:
     sent = counted(OPTIMIZERS["galore"], SHAPES["tall"], 0)
     assert sent == {}

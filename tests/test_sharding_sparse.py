@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lowmem.bench.plan_rank import rank_plan
-from lowmem.optim import Fira, GaLorePlus, LowRank
+from lowmem.optim import Fira, Frugal, GaLore, GaLorePlus, LowRank
 from lowmem.optim.core.entries import kth_largest, largest
 from lowmem.optim.core.layout import ALONE, Layout
 from torch import Tensor, nn
@@ -48,6 +48,11 @@ OPTIMIZERS: dict[str, Build] = {
     "fused-keep": lambda p: fused(p, carry="keep", head_select="max_norm", residual=None),
     "lowrank-track": lambda p: LowRank(p, **WARM, residual="exact", projector="track"),
     "lowrank-columns": lambda p: LowRank(p, **WARM, residual="exact", projector="columns"),
+    "full-additive": lambda p: LowRank(p, **WARM, residual="additive", proj_type="full", eps=1e-6),
+    "randk": lambda p: Frugal(p, density=0.3, update_proj_gap=GAP, lr=LR, projector="randk"),
+    "randk-rotate": lambda p: Frugal(p, density=0.3, update_proj_gap=GAP, lr=LR, projector="randk", carry="rotate"),
+    "randk-sgd": lambda p: Frugal(p, rank=2, update_proj_gap=GAP, lr=LR, projector="randk", free_rule="sgd"),
+    "randk-lion": lambda p: GaLore(p, **LOW, projector="randk", rule="lion", carry="keep", maximize=True),
     "fira-heads": lambda p: Fira(p, **LOW, projector="cross_head", num_heads=4),
 }
 every = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -80,7 +85,7 @@ OTHER_WORLDS = [
     ("heads-additive", 64, 1),
     ("fused", 64, 0),
 ]
-OTHER_WORLDS += [(name, 3, dim) for name in ("exact", "additive", "heads-additive", "fused") for dim in (0, 1)]
+OTHER_WORLDS += [(name, 3, dim) for name in ("exact", "additive", "heads-additive", "fused", "randk") for dim in (0, 1)]
 
 
 @pytest.mark.parametrize(("name", "size", "dim"), OTHER_WORLDS)
@@ -99,7 +104,10 @@ MESHES = [(Replicate(), Shard(0)), (Replicate(), Shard(1)), (Shard(0), Shard(1))
 MESHES += [(Shard(0), Shard(0))]
 
 
-@pytest.mark.parametrize("name", ["exact", "additive", "every-entry", "heads-additive", "heads-max-norm", "fused"])
+MESHED = ["exact", "additive", "every-entry", "heads-additive", "heads-max-norm", "fused", "randk", "randk-rotate"]
+
+
+@pytest.mark.parametrize("name", MESHED)
 @pytest.mark.parametrize("placements", MESHES, ids=str)
 def test_two_mesh_dimensions(name: str, placements: tuple[Any, Any]) -> None:
     """Hybrid sharding, and tensor parallelism in both directions."""
@@ -145,14 +153,14 @@ def test_state_is_sharded_as_its_parameter(name: str, dim: int) -> None:
                     mine = state[key][part]
                     assert (tuple(mine.shape), mine.dtype) == (tuple(value.shape), value.dtype)
                     assert isinstance(mine, DTensor) == (value.ndim > 0)
-                    if part.startswith("residual") and value.ndim:
-                        assert mine.to_local().numel() <= -(-len(value) // 3) * value[0].numel()
+                    if (part.startswith("residual") or "randk" in name) and value.ndim and key == 0:
+                        assert mine.to_local().numel() <= -(-max(value.shape) // 3) * min(value.shape[1:], default=1)
                         torch.testing.assert_close(mine.full_tensor(), value, rtol=1e-9, atol=1e-9)
 
         in_world(3, body)
 
 
-@pytest.mark.parametrize("name", ["exact", "additive", "every-entry", "heads-additive", "fused"])
+@pytest.mark.parametrize("name", ["exact", "additive", "every-entry", "heads-additive", "fused", "randk-rotate"])
 @pytest.mark.parametrize("steps", [2, 6])
 def test_a_checkpoint_goes_on_in_any_world(name: str, steps: int) -> None:
     """Out of a world of 3 in the warm-up or after it, into worlds of 2 and 5, and into one process."""
@@ -184,7 +192,7 @@ def test_a_checkpoint_goes_on_in_any_world(name: str, steps: int) -> None:
     assert max(float((one - whole[0]).abs().max()) for one in found) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["exact", "additive", "heads-exact", "fused"])
+@pytest.mark.parametrize("name", ["exact", "additive", "heads-exact", "fused", "randk"])
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("bad", [0.0, float("nan"), 1e200])
 def test_a_bad_gradient_leaves_finite_weights_everywhere(name: str, dim: int, bad: float) -> None:
@@ -200,7 +208,8 @@ def test_a_bad_gradient_leaves_finite_weights_everywhere(name: str, dim: int, ba
             weight.grad = make(seen)
             optimizer.step()
         assert weight.full_tensor().isfinite().all()
-        assert len(optimizer.state[weight]["residual_index"].full_tensor().unique()) == 36
+        index = optimizer.state[weight]["basis" if "randk" in name else "residual_index"].full_tensor()
+        assert len(index.unique()) == len(index) == (108 if "randk" in name else 36)
 
     in_world(3, body)
 
@@ -226,6 +235,27 @@ def test_copies_agree_in_bf16(placements: tuple[Any, Any]) -> None:
                         assert torch.equal(mine, first)
 
     in_world(6, body)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda p: Fira(p, **LOW, projector="randk"), "a norm-scaled residual needs rows, .*choose 'columns'"),
+        (lambda p: LowRank(p, **LOW, projector="randk", residual="channel"), "a norm-scaled residual needs rows"),
+        (lambda p: GaLorePlus(p, **WARM, projector="randk"), "residual='exact' needs rows"),
+        (lambda p: GaLore(p, **LOW, projector="randk", weight_norm=True), "weight_norm=True needs rows"),
+        (lambda p: GaLore(p, **LOW, projector="randk", rule="adafactor"), "rule='adafactor' needs rows"),
+        (lambda p: Frugal(p, projector="randk", state_dtype="8bit"), "state_dtype='8bit' .*choose 'bfloat16'"),
+    ],
+)
+def test_what_looks_at_rows_is_refused_for_single_entries(build: Build, message: str) -> None:
+    def body() -> None:
+        weight = nn.Parameter(placed(2, 0)(randn(160, 120)))
+        weight.grad = torch.zeros_like(weight)
+        with pytest.raises(NotImplementedError, match=message):
+            build([weight]).step()
+
+    in_world(2, body)
 
 
 # ------------------------------------------------------------------------------------------------- single entries

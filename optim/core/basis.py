@@ -77,6 +77,8 @@ class Basis(ABC):
     """State tensors that hold it."""
     splits: bool = False
     """The projected side may be sharded: every rank multiplies by its own rows of P."""
+    picks: bool = False
+    """It is a choice of entries, which leaves all others as they are."""
     counted: bool = False
     """Coordinates have an identity of their own, and so a step count of their own where moments are carried."""
 

@@ -13,6 +13,7 @@ from ...kernels.blockwise import FORMATS
 from ...kernels.rounding import Target
 from . import codec
 from .basis import Basis, State
+from .flat import Single
 from .hyper import Hyper
 from .layout import Layout
 from .rules import RULES, Rule
@@ -132,7 +133,9 @@ class Bucket:
     def basis(self) -> Basis:
         """How the bases are kept and multiplied."""
         basis = self.hyper.basis.of(self.whole.b, self.mine)
-        return basis.within(self.layout.kept(self.view)) if isinstance(basis, Segments) and self.layout.rows else basis
+        if isinstance(basis, Segments) and self.layout.rows:
+            return basis.within(self.layout.kept(self.view))
+        return basis.within(self.layout) if isinstance(basis, Single) else basis
 
     @property
     def rule(self) -> Rule:

@@ -12,7 +12,7 @@ from ...kernels import random
 from ...kernels.reference import Scaled, scaled
 from ...kernels.rounding import Target
 from .basis import Bases, Basis, State, Step, multiply
-from .change import Match
+from .change import Change, Match
 from .layout import ALONE, Layout
 from .spec import Spec
 from .view import MatrixView
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class Index(Basis):
     """A choice of r coordinates of the projected side: nothing is multiplied."""
 
+    picks = True
     counted = True
     splits = True
 
@@ -35,7 +36,7 @@ class Index(Basis):
         """A random subset."""
         return Bases(random.subset(seed, view.b, view.rank, device).int())
 
-    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Match:
+    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Change:
         """Which coordinates stay."""
         return Match.of(new.basis, held["basis"])
 
@@ -72,6 +73,8 @@ class Cosine(Index):
         size: b; 0 until the matrix is known.
         mine: The projected coordinates of a piece of it, which are rows of D; None where it is whole.
     """
+
+    picks = False
 
     size: int = 0
     mine: range | None = None

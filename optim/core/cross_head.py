@@ -71,7 +71,8 @@ def _of_heads(search: Callable[[Request], Bases], request: Request, rows: range,
 def _stack(request: Request, starts: list[int], size: int, scale: Tensor) -> Request:
     """The request of a weight that has only some heads, of which this rank has the rows that it has of the whole."""
     layout, kept = request.layout, request.layout.kept(request.view)
-    parts, first = [], 0
+    parts: list[Tensor] = []
+    first = 0
     for position, start in enumerate(starts):
         low, high = max(start, kept.start), min(start + size, kept.stop)
         if low < high:
@@ -102,7 +103,8 @@ def _by_head(request: Request, rows: range, heads: int, how: str) -> Tensor:
     else:  # which has no largest entry
         of_rows = block.new_zeros(len(block))
     head = torch.arange(low, low + len(block), device=block.device).sub_(rows.start) // (len(rows) // heads)
-    return of_rows.new_zeros(heads).scatter_reduce_(0, head, of_rows, how)
+    found: Tensor = of_rows.new_zeros(heads).scatter_reduce_(0, head, of_rows, how)
+    return found
 
 
 def _order(request: Request, rows: range, heads: int) -> list[int]:

@@ -146,7 +146,7 @@ def kth_largest(words: Tensor, count: int, total: Callable[[Tensor], Tensor]) ->
     one = torch.ones((), dtype=torch.int64, device=words.device)
     for shift in range(8 * words.itemsize - DIGIT, -1, -DIGIT):
         counts = torch.zeros(1 << DIGIT, dtype=torch.int64, device=words.device)
-        for part in words.split(CHUNK):
+        for part in torch.split(words, CHUNK):
             digits = _digits(part, shift).long()
             counts.scatter_add_(0, digits, one.expand_as(digits))
         counts = total(counts)
@@ -155,7 +155,7 @@ def kth_largest(words: Tensor, count: int, total: Callable[[Tensor], Tensor]) ->
         equal = int(counts[digit])
         above += int(atleast[digit]) - equal
         limit |= digit << shift
-        words = torch.cat([part[(_digits(part, shift) == digit).nonzero()[:, 0]] for part in words.split(CHUNK)])
+        words = torch.cat([part[(_digits(part, shift) == digit).nonzero()[:, 0]] for part in torch.split(words, CHUNK)])
     return limit, above, equal
 
 

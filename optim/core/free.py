@@ -27,7 +27,6 @@ from ...kernels.tiles import tiles
 from .apply import count_step
 from .basis import DENSE
 from .bucket import Bucket
-from .coordinates import INDEX
 from .plain import plain_
 from .verbs import move_back_, scaled_rows
 
@@ -115,14 +114,16 @@ def descend_(b: Bucket, step: Tensor, low: Tensor, sound: Tensor, free: Free) ->
     """
     if free.rule == "sgd":
         step.sub_(low, alpha=free.scale)
-    if b.layout.dealt:  # all rows of [N | R]
+    if b.layout.dealt and b.basis.picks:  # whose residual is A
+        step = b.layout.gather(step, b.view.a)
+    elif b.layout.dealt:  # all rows of [N | R]
         step, low = b.layout.gather(torch.cat([step, low], dim=2), b.view.a).chunk(2, dim=2)
     for index, target in enumerate(b.targets()):
-        if free.rule == "signsgd" and b.basis is not INDEX:
+        if free.rule == "signsgd" and not b.basis.picks:
             residual: Scaled | Signed | None = _of_remainder(b, index, low[index], sound[index], free)
         else:
             residual = _of_gradient(b, index, sound[index], free)
-        if isinstance(residual, Signed) and free.complement and b.basis is not INDEX:
+        if isinstance(residual, Signed) and free.complement and not b.basis.picks:
             step[index].sub_(_inside(b, index, residual))
         move_back_(b, index, target, step[index], residual)
 

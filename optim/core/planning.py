@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import stack
 from .bucket import Plan
+from .flat import Flat
 from .layout import Layout
 from .view import MatrixView
 
@@ -37,6 +38,8 @@ def make_plans(groups: Sequence[dict[str, Any]], see: See, replicas: ProcessGrou
             layout = Layout.of(
                 param, transposed=turned, replicas=replicas, spread=group.get("shard_basis"), full=full, stacked=stacked
             )
+            if view is not None and not stacked:
+                layout = Flat.seeing(layout, view)
             key = (index, view, param.dtype, param.device, layout)
             plan = sorted_out.setdefault(key, Plan(index, view, layout, [], [], [], stacked))
             plan.params.append(param)

@@ -16,6 +16,7 @@ from .basis import DENSE, Bases, Basis
 from .coordinates import COSINE, INDEX
 from .cross_head import cross_head
 from .descend import DESCENDING
+from .flat import SINGLE
 from .layout import Layout
 from .seeded import SeededBasis
 from .view import MatrixView
@@ -196,6 +197,6 @@ PROJECTORS: dict[str, Projector] = {
     "dct": Projector(cosines, COSINE),
     "columns": Projector(anything(INDEX), INDEX, "right"),
     "rows": Projector(anything(INDEX), INDEX, "left"),
-    "randk": Projector(anything(INDEX), INDEX, "flat"),
+    "randk": Projector(anything(SINGLE), SINGLE, "flat"),
     "randperm": Projector(anything(INDEX), INDEX),
 }

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from . import blocks
-from .coordinates import INDEX
 from .free import FREE_RULES, FREE_SPACES
 from .hyper import Hyper
 from .validate import check_choices
@@ -33,7 +32,7 @@ def size_of(hyper: Hyper, m: int, n: int) -> tuple[int, int]:
     columns, rows, randk    floor(rho n), floor(rho m), floor(rho m n), or rank, rank, rank max(m, n)
     directions              round(rho min(m, n)), or rank
     """
-    side = hyper.chooses.side if hyper.basis is INDEX else None
+    side = hyper.chooses.side if hyper.basis.picks else None
     whole: int = {"right": n, "left": m, "flat": m * n, None: min(m, n)}[side]
     if hyper.density is not None:
         size = round(hyper.density * whole) if side is None else int(hyper.density * whole)

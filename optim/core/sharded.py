@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .bucket import Plan
 from .codec import form_of
+from .flat import Flat
 from .layout import Layout
 from .projector import PROJECTORS
 from .view import MatrixView
@@ -63,10 +64,26 @@ def _projected(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> st
     projector = PROJECTORS.get(group.get("projector", "sketch"))
     if view.rank in (0, view.b):  # all or nothing of it: entry by entry
         return None
-    if projector is None or projector.side == "flat":
+    if projector is None:
         return f"projector={group.get('projector')!r} needs whole matrices: choose 'sketch', or 'columns'"
+    if projector.side == "flat":
+        return _single(group, view, layout)
     if not layout.cols:
         return None
     if not projector.basis.splits:
         return f"projector={group['projector']!r} chooses among coordinates that are sharded: {KEEP}"
+    return None
+
+
+def _single(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> str | None:
+    """Entries as the subspace, dealt out over all that shards the weight: they have no rows."""
+    name = str(group.get("state_dtype"))
+    if form_of("exp_avg", view.low_shape, name) is not None:
+        return f"state_dtype={name!r} has blocks of entries, which projector='randk' deals out: choose 'bfloat16'"
+    scaled = "gamma" in group and ("residual_density" not in group or group["residual"] in ("norm", "channel"))
+    looks = {"weight_norm=True": group.get("weight_norm"), "rule='adafactor'": group.get("rule") == "adafactor"}
+    looks |= {"a norm-scaled residual": scaled, "stacked=True": not isinstance(layout, Flat)}
+    looks |= {f"residual={kind!r}": group.get("residual") == kind for kind in ("exact", "additive")}
+    for option in (option for option, on in looks.items() if on):
+        return f"{option} needs rows, projector='randk' has single entries: choose 'columns'"
     return None

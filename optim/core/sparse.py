@@ -169,7 +169,8 @@ def _directions(b: Bucket, low: Tensor, chosen: list[int], support: Support) -> 
     moments = [_unprefixed(held) for held in states]
     run_rule(b, Work(grads, moments, counts, [b.params[index] for index in chosen], out), keys)
     whole = entries.collect(out, support.count, b.layout)
-    return [_step(b, index, *each, support) for index, *each in zip(chosen, places, whole, strict=True)]
+    found = zip(chosen, places, whole, strict=True)
+    return [_step(b, index, place, direction, support) for index, place, direction in found]
 
 
 def _step(b: Bucket, index: int, place: Place, direction: Tensor, support: Support) -> Entries:

@@ -46,7 +46,8 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
     if hyper.lazy is not None:
         described[INTERVAL] = counter()
     if hyper.counts_coordinates:
-        described[AGE] = Spec((view.rank,), torch.float32, param.device)
+        axis = "entries" if hyper.side == "flat" else ""
+        described[AGE] = Spec((view.rank,), torch.float32, param.device, axis=axis)
     return {**described, **hyper.basis.specs(param, view, hyper), **moments}
 
 
