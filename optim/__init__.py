@@ -1,4 +1,21 @@
-"""Memory-efficient replacements of torch.optim optimizers."""
+"""Memory-efficient replacements of torch.optim optimizers.
+
+    from lowmem.optim import GaLore, param_groups
+
+    optimizer = GaLore(param_groups(model, rank=128), lr=1e-2)  # was: torch.optim.AdamW(model.parameters(), lr=1e-3)
+    print(optimizer.summary())
+
+- **Methods:** `GaLore` (whose arguments the others share), `GaLorePlus`, `Fira`, `Apollo`, `Frugal`, `BAdam`, `LISA`,
+  `OnlineSubspaceDescent`, `Flora`, `Adafactor`, `AdamW8bit`, and `LowRank`, which combines their parts.
+- **Constructors of other packages:** `GaLoreAdamW`, `GaLoreAdamW8bit`, `GaLoreAdafactor`, `FiraAdamW`, `APOLLOAdamW`;
+  `lowmem.optim.compat` serves their import names and the strings of Hugging Face's Trainer.
+- **Groups of a model:** `param_groups`, `head_groups`, and `matched`, which tells what they meant.
+- **Gradients:** `enable_gradient_release` steps in the backward pass, `SubspaceAccumulator` sums micro-batches in the
+  subspace, `SubspaceReduction` sends R in the place of gradients, `kept_shard` shards so that projections send nothing.
+- **Checkpoints:** `convert_state` (another rank, other bits), `from_bitsandbytes`, `to_bitsandbytes`,
+  `full_precision_state_dict`.
+- **Memory before training:** `plan`, `plan_training`.
+"""
 
 from .accumulate import SubspaceAccumulator
 from .adafactor import Adafactor

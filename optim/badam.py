@@ -70,7 +70,7 @@ class BAdam(Frugal):
 class LISA(BAdam):
     """LISA: every K steps other layers are drawn, which AdamW trains while all others stand still.
 
-        every K steps:    S = `layers` layers, drawn uniformly without replacement
+        every K steps:    S = layers (the option) of them, drawn uniformly without replacement
         every step:       AdamW on the layers in S; all others are frozen
 
     State: two moments of the layers in S, and of what is always active: embeddings, head and norms in the paper. See

@@ -39,15 +39,15 @@ StateDict = dict[str, Any]
 
 
 def from_bitsandbytes(state_dict: Mapping[str, Any], params: ParamsT) -> StateDict:
-    """Convert a state dict of AdamW8bit into one for plain groups with `state_dtype="bnb8"`.
+    """Convert a state dict of bitsandbytes' AdamW8bit into one for plain groups with `state_dtype="bnb8"`.
 
     The codes are copied where the columns of the matrix (first dimension, rest) are a multiple of 256; otherwise they
     are decoded to fp32 and coded anew. Moments that only one side codes are decoded or coded: ours stay in fp32 in
     vectors and where rows have fewer than 16 entries, theirs in embeddings that were told `optim_bits=32`.
 
     Args:
-        state_dict: What `AdamW8bit.state_dict()` returned. Of a parameter: `step`, `state1` and `state2` of its shape,
-            `qmap1`, `qmap2` (256,), `absmax1`, `absmax2` (ceil(numel / 256),).
+        state_dict: What the `state_dict()` of `bitsandbytes.optim.AdamW8bit` returned. Of a parameter: `step`, `state1`
+            and `state2` of its shape, `qmap1`, `qmap2` (256,), `absmax1`, `absmax2` (ceil(numel / 256),).
         params: The parameters, groups or (name, parameter) pairs, in the order of that optimizer; only shapes count.
 
     Returns:
@@ -68,7 +68,7 @@ def from_bitsandbytes(state_dict: Mapping[str, Any], params: ParamsT) -> StateDi
 
 
 def to_bitsandbytes(state_dict: Mapping[str, Any], params: ParamsT) -> StateDict:
-    """Convert a state dict of plain groups with `state_dtype="bnb8"` into one for AdamW8bit.
+    """Convert a state dict of plain groups with `state_dtype="bnb8"` into one for bitsandbytes' AdamW8bit.
 
     The codes are copied where the columns of the matrix (first dimension, rest) are a multiple of 256; otherwise they
     are decoded to fp32 and coded anew. Tensors of 4096 elements and more are coded in any case.
@@ -78,7 +78,7 @@ def to_bitsandbytes(state_dict: Mapping[str, Any], params: ParamsT) -> StateDict
         params: The parameters, groups or (name, parameter) pairs, in the order of that optimizer; only shapes count.
 
     Returns:
-        A state dict that `AdamW8bit.load_state_dict` takes, of any release since 0.44.
+        A state dict that their AdamW8bit loads, of any release since 0.44.
 
     Raises:
         ValueError: AdamW8bit cannot go on from this state: a matrix is projected, or coded otherwise, or the rule is

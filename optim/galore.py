@@ -61,6 +61,8 @@ class GaLore(SubspaceOptimizer):
             gather it for a step; None does so in more than 8 ranks, where whole bases would outweigh the moments.
         rounding: How bf16 weights are written: "nearest", "stochastic" (unbiased, without state), "compensated" (the
             fp32 weight, of which 16 bits are kept in state) or "compensated8" (24 bits of it, one byte of state).
+        num_heads: Heads of `projector="cross_head"`, a number or ranges of rows; `GaLorePlus` documents it.
+        head_select: Which of them the shared basis is found from; `GaLorePlus` documents it.
         stagger: Spread the refreshes of the matrices over the interval, so that no step stalls.
         seed: Seed of the sketches; results are a function of it, of parameter order and of step.
         maximize: Ascend instead of descend.
