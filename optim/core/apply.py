@@ -35,10 +35,12 @@ def run_rule(b: Bucket, stored: Work, keys: list[tuple[int, ...]]) -> None:
     names, storage = b.rule.buffers(tuple(stored.grads[0].shape), b.hyper), b.hyper.state_dtype
     loaded = [{name: codec.load(held, name, storage, b.dtype) for name in names} for held in stored.states]
     b.rule.direction(replace(stored, states=loaded), b.hyper)
-    for held, values, seed in zip(stored.states, loaded, seeds, strict=True):
+    for held, values, key, seed in zip(stored.states, loaded, keys, seeds, strict=True):
+        common = random.mix(b.hyper.seed, *key)
         for name, value in values.items():
+            own = common if name.endswith(("_row", "_col")) else seed  # pieces in one row, or column, share statistics
             if value is not held[name]:
-                codec.store(held, name, value, storage, seed if b.dithers(name) else None)
+                codec.store(held, name, value, storage, own if b.dithers(name) else None)
 
 
 def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
