@@ -8,7 +8,7 @@ from ...kernels import random
 from . import codec, factored, sides
 from .bucket import Bucket
 from .change import Change
-from .layout import Layout
+from .layout import ALONE, Layout
 from .state import AGE
 
 
@@ -33,8 +33,8 @@ def carry_moments(b: Bucket, index: int, change: Change) -> None:
     if "exp_avg_sq" in moments:
         carried["exp_avg_sq"] = change.second(moments["exp_avg_sq"])
     if "exp_avg_sq_row" in moments:
-        stats = moments["exp_avg_sq_row"], moments["exp_avg_sq_col"]
-        row, col = carry_factored(stats, change, sides.low(b.layout, b.whole))
+        lies = sides.low(b.layout, b.whole)
+        row, col = carry_factored(moments["exp_avg_sq_row"], moments["exp_avg_sq_col"], change, lies)
         carried |= {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
     for name, value in carried.items():
         seed = random.mix(b.hyper.seed, b.positions[index], int(held["refreshes"]), 2)
@@ -43,9 +43,8 @@ def carry_moments(b: Bucket, index: int, change: Change) -> None:
         held[AGE].copy_(change.cols(held[AGE]))
 
 
-def carry_factored(stats: tuple[Tensor, Tensor], change: Change, layout: Layout) -> tuple[Tensor, Tensor]:
+def carry_factored(row: Tensor, col: Tensor, change: Change, layout: Layout = ALONE) -> tuple[Tensor, Tensor]:
     """Row and column means of the carried `V = R C^T / mean(R)`, without V; zero stays zero."""
-    row, col = stats
     total = factored.mean(row, layout).clamp_min(1e-38)
     rows, cols = change.rows(row), change.cols(col)
     return rows * (cols.mean() / total), cols * (factored.mean(rows, layout) / total)
