@@ -17,7 +17,7 @@ PACKAGES = {
 LAB = ["report.html", "report.css", "charts.js", "plots.js", "report.js", "presets/*.yaml"]
 BENCH = ["transformers>=4.45", "datasets>=2.20", "safetensors", "typer>=0.12", "rich", "matplotlib", "pyyaml"]
 TRITON = ["triton>=3.1; platform_system == 'Linux'"]
-TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "expecttest", "accelerate", "lightning", "sybil>=9", "pdoc>=15"]
+TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "expecttest", "accelerate", "lightning", "sybil>=10", "pdoc>=16"]
 
 setup(
     name="lowmem",
@@ -36,7 +36,7 @@ setup(
         "bench": BENCH,
         "test": TEST + BENCH + TRITON,
         "triton": TRITON,
-        "docs": ["pdoc>=15"],
+        "docs": ["pdoc>=16"],
         "lint": ["ruff", "mypy"],
         "ray": ["ray>=2.9"],
         "peers": ["galore-torch", "bitsandbytes>=0.44", "torchao"],
