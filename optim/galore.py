@@ -31,8 +31,8 @@ class GaLore(SubspaceOptimizer):
             every weight of at least two dimensions (viewed as first x rest) whose smaller side exceeds it.
             Everything else gets the rule itself, for AdamW exactly torch.optim.AdamW. "auto" chooses it by matrix from
             the spectra of the first gradients; a group stands still until one of its gradients tells something.
-        energy: With "auto", the share of a gradient's energy that a rank must hold, as 0.9.
-        budget: With "auto", the bytes that all state of a group's projected matrices may take.
+        energy: With "auto", the share of a gradient's energy that a rank must hold, as 0.9; None asks for no share.
+        budget: With "auto", the bytes that all state of a group's projected matrices may take; None sets no limit.
         update_proj_gap: Steps T between two refreshes of the basis.
         scale: The paper's alpha, a factor of the learning rate of projected matrices.
         proj_type: Side that is projected: "std" (the smaller), "reverse_std", "left", "right", "full" (both).
@@ -61,8 +61,8 @@ class GaLore(SubspaceOptimizer):
             gather it for a step; None does so in more than 8 ranks, where whole bases would outweigh the moments.
         rounding: How bf16 weights are written: "nearest", "stochastic" (unbiased, without state), "compensated" (the
             fp32 weight, of which 16 bits are kept in state) or "compensated8" (24 bits of it, one byte of state).
-        num_heads: Heads of `projector="cross_head"`, a number or ranges of rows; `GaLorePlus` documents it.
-        head_select: Which of them the shared basis is found from; `GaLorePlus` documents it.
+        num_heads: Heads of `projector="cross_head"`, a number or ranges of rows, see `GaLorePlus`; None has none.
+        head_select: Which of them a shared basis is found from, a "random" one by default, see `GaLorePlus`.
         stagger: Spread the refreshes of the matrices over the interval, so that no step stalls.
         seed: Seed of the sketches; results are a function of it, of parameter order and of step.
         maximize: Ascend instead of descend.
@@ -71,8 +71,9 @@ class GaLore(SubspaceOptimizer):
         fused: Form of torch's AdamW in plain groups; by default fused where the device has it.
         replicas: Process group of DistributedDataParallel: every basis is found on one replica, in turns, and sent to
             the others; without it each replica finds all of them by itself. Not saved.
-        compat: "official" follows the authors' code: eps before bias correction, decay after the update, moments in
-            the gradient's dtype and kept at a refresh, rank clipped to the matrix, LAPACK's SVD in fp32.
+        compat: None (the default) is torch's AdamW inside; "official" follows the authors' code: eps before bias
+            correction, decay after the update, moments in the gradient's dtype and kept at a refresh, rank clipped to
+            the matrix, LAPACK's SVD in fp32.
 
     Raises:
         ValueError: An option is out of range or unknown but close to a known one.
