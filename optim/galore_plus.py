@@ -34,7 +34,8 @@ class GaLorePlus(SubspaceOptimizer):
 
     State of a projected matrix: GaLore's `min(m,n) r + 2 max(m,n) r` elements, with `num_heads` always `n r + 2 m r`,
     and k indices of 4 bytes with two moments: k (4 + 2 * 4) bytes in fp32. During the warm-up there is an fp32 buffer
-    of the weight's size instead, which is freed.
+    of the weight's size instead, which is freed. State that `torch.distributed.checkpoint` makes to load into is that
+    after the warm-up; `load_state_dict` reads both.
 
     Args:
         params: Parameters, groups or (name, parameter) pairs; see `GaLore`. `head_groups(model)` makes the groups.
@@ -115,6 +116,12 @@ class GaLorePlus(SubspaceOptimizer):
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return (*super()._structure(group), group["residual"], group["residual_density"])
+
+    def _awaited(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
+        described, options = super()._awaited(param, view, group), self.param_groups[group]
+        if view is None:
+            return described
+        return sparse.awaited(described, sparse.Support.of(options, view), param, Hyper.of(options))
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         described = super()._specs(param, view, group)

@@ -126,6 +126,12 @@ class LowRank(SubspaceOptimizer):
     def _structure(self, group: Group) -> tuple[Any, ...]:
         return (*super()._structure(group), group["residual"], group["residual_density"])
 
+    def _awaited(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
+        described, options = super()._awaited(param, view, group), self.param_groups[group]
+        if view is None:
+            return described
+        return sparse.awaited(described, _support(options, view), param, self._hyper(options))
+
     def _specs(self, param: Tensor, view: MatrixView | None, group: Group) -> dict[str, Spec]:
         described = super()._specs(param, view, group)
         if view is None:

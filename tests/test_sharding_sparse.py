@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from lowmem.bench.plan_rank import rank_plan
 from lowmem.optim import Fira, Frugal, GaLore, GaLorePlus, LowRank
 from lowmem.optim.core.entries import kth_largest, largest
 from lowmem.optim.core.layout import ALONE, Layout
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -190,6 +197,64 @@ def test_a_checkpoint_goes_on_in_any_world(name: str, steps: int) -> None:
 
     found = [load(torch.clone), *in_world(2, lambda: load(placed(2, 1))), *in_world(5, lambda: load(placed(5, 0)))]
     assert max(float((one - whole[0]).abs().max()) for one in found) < 1e-9
+
+
+def made_to_be_loaded_into(name: str, make: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    """A matrix and its optimizer after the step of rate zero by which checkpointing tools create state."""
+    weight = nn.Parameter(make(randn(24, 15, seed=99, dtype=torch.float64)))
+    optimizer = OPTIMIZERS[name]([weight])
+    optimizer.param_groups[0]["lr"] = 0.0
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = LR
+    return weight, optimizer
+
+
+@pytest.mark.parametrize("name", ["exact", "additive", "every-entry", "fused", "lowrank-track"])
+def test_state_that_was_never_loaded_into_starts_its_warm_up(name: str) -> None:
+    """It is made as after the warm-up, which most checkpoints are from."""
+    dense = run(name, (24, 15), torch.clone)[0]
+
+    def train(make: Callable[[Tensor], Tensor]) -> Tensor:
+        weight, optimizer = made_to_be_loaded_into(name, make)
+        assert optimizer.state[weight].keys() >= {"residual_index", "residual_exp_avg", "residual_exp_avg_sq"}
+        assert "residual_avg" not in optimizer.state[weight]
+        for grad in gradients((24, 15)):
+            weight.grad = make(grad)
+            optimizer.step()
+        return weight.detach()
+
+    assert torch.equal(train(torch.clone), dense)
+    assert max(in_world(3, lambda: float((train(placed(3, 0)).full_tensor() - dense).abs().max()))) < 1e-9
+
+
+@pytest.mark.parametrize("flatten", [True, False])
+def test_a_distributed_checkpoint_is_read_into_a_fresh_optimizer(flatten: bool, tmp_path: Path) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def states(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        found = get_optimizer_state_dict(module, optimizer, options=options)
+        return {"model": module.state_dict(), "optimizer": found}
+
+    def fresh() -> tuple[nn.Linear, torch.optim.Optimizer]:
+        module = nn.Linear(15, 24, bias=False, dtype=torch.float64)
+        return module, OPTIMIZERS["heads-exact"]([*module.named_parameters()])
+
+    def train(module: nn.Linear, optimizer: torch.optim.Optimizer, grads: list[Tensor]) -> None:
+        for grad in grads:
+            module.weight.grad = grad.clone()
+            optimizer.step()
+
+    one, other = fresh(), fresh()
+    train(*one, gradients((24, 15))[:6])
+    dcp.save(states(*one), checkpoint_id=tmp_path)
+    found = states(*other)
+    dcp.load(found, checkpoint_id=tmp_path)
+    other[0].load_state_dict(found["model"])
+    set_optimizer_state_dict(*other, found["optimizer"], options=options)
+    for each in (one, other):
+        train(*each, gradients((24, 15))[6:])
+    assert torch.equal(one[0].weight, other[0].weight)
 
 
 @pytest.mark.parametrize("name", ["exact", "additive", "heads-exact", "fused", "randk"])

@@ -17,7 +17,9 @@ from .layout import Layout
 from .plain import plain_
 from .planning import seen
 from .sharding import local
+from .spec import Spec
 from .spread import whole_bases
+from .view import MatrixView
 
 
 class Release(Protocol):
@@ -186,7 +188,8 @@ class Lifecycle(Groups):
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             held = self.state[param]
             if not held:
-                held.update(state.zeros(self._state_of(param, plan.view, plan.group), plan.layout))
+                describe = self._awaited if warming else self._state_of
+                held.update(state.zeros(describe(param, plan.view, plan.group), plan.layout))
                 if warming:
                     continue
             pieces = (local(param), plan.layout.piece(grad), self._piece(param, held, plan.layout))
@@ -197,6 +200,10 @@ class Lifecycle(Groups):
             for number, matrix in stack.matrices(plan.layout.sharding, *pieces):
                 bucket.take(*matrix, (places[0][number], places[1][number]), None)
         return bucket
+
+    def _awaited(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
+        """Describe the state that is made to be loaded into: that of an optimizer which has run for a while."""
+        return self._state_of(param, view, group)
 
     def _piece(self, param: Tensor, held: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
         """This rank's pieces of the state of a parameter, which share its memory."""

@@ -33,11 +33,12 @@ from .entries import Place
 from .rules import Work
 from .segments import Segments
 from .sharding import local
+from .spec import Spec
 from .state import zeros
-from .support import AVERAGE, INDEX, MOMENTS, PREFIX, STEP, WARMUP, Support, check
+from .support import AVERAGE, INDEX, MOMENTS, PREFIX, STEP, WARMUP, Support, awaited, check
 
 __all__ = ["AVERAGE", "INDEX", "MOMENTS", "PREFIX", "STEP", "WARMUP", "Support", "check"]
-__all__ += ["Entries", "rebased", "residual", "write_"]
+__all__ += ["Entries", "awaited", "rebased", "residual", "write_"]
 
 GATHER = 1 << 20
 """Elements of R, and of P, that are gathered at a time."""
@@ -110,6 +111,10 @@ def residual(b: Bucket, low: Tensor, support: Support) -> list[Entries]:
         return []
     if any(ready is not None for ready in b.ready):
         raise NotImplementedError("a sparse residual needs the full gradient, got a projected one: pass residual=None")
+    for index, held in enumerate(b.states):
+        if INDEX in held and support.warmup and held[WARMUP] == 0:  # made to be loaded into, and never was
+            average = support.specs(b.params[index], b.whole, b.hyper, chosen=False)[AVERAGE]
+            _exchange_(b, index, {AVERAGE: average})
     chosen = [index for index, held in enumerate(b.states) if INDEX in held]
     if support.mode == "additive" or len(chosen) < len(b.states):
         low = b.layout.gather(low, b.view.a)
@@ -142,14 +147,19 @@ def _learn_(b: Bucket, index: int, low: Tensor, support: Support) -> None:
 
 def _choose_(b: Bucket, index: int, support: Support) -> None:
     """Put S and its moments in the place of dM."""
-    held, stored = b.states[index], b.stored[index]
-    found = entries.largest(held[AVERAGE].abs_(), support.count, b.whole.n, b.layout)
-    made = zeros(support.chosen(b.params[index], b.hyper), b.layout)
-    stored.pop(AVERAGE)
-    stored.update(made)
-    held.pop(AVERAGE, None)  # of a sharded weight, whose pieces share the memory of what is stored
-    held.update({name: local(value) for name, value in made.items()})
-    held[INDEX].copy_(found)
+    found = entries.largest(b.states[index][AVERAGE].abs_(), support.count, b.whole.n, b.layout)
+    _exchange_(b, index, support.chosen(b.params[index], b.hyper))
+    b.states[index][INDEX].copy_(found)
+
+
+def _exchange_(b: Bucket, index: int, described: dict[str, Spec]) -> None:
+    """Put the state of one phase in the place of that of the other."""
+    made = zeros(described, b.layout)
+    pieces = {name: local(value) for name, value in made.items()}
+    for state, fresh in ((b.stored[index], made), (b.states[index], pieces)):
+        for name in [name for name in state if name.startswith(PREFIX) and name not in (WARMUP, STEP)]:
+            del state[name]
+        state.update(fresh)
 
 
 def _directions(b: Bucket, low: Tensor, chosen: list[int], support: Support) -> list[Entries]:

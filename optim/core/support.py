@@ -69,6 +69,13 @@ class Support:
         return described
 
 
+def awaited(described: dict[str, Spec], support: Support, param: Tensor, hyper: Hyper) -> dict[str, Spec]:
+    """State to load into: a checkpoint, unless it is a very early one, was written when S was chosen."""
+    if AVERAGE not in described:
+        return described
+    return {name: spec for name, spec in described.items() if name != AVERAGE} | support.chosen(param, hyper)
+
+
 def check(group: Mapping[str, Any]) -> None:
     """Validate the options of a residual.
 
