@@ -7,18 +7,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tests.distributed import layouts, routes, saving, work
+from tests.distributed.measure import Arrays, distance, share
 from tests.distributed.world import World
 
-EXACT = [name for name in work.METHODS if "8bit" not in name]
 SIZES: dict[str, dict[str, int] | None] = {"uneven": None, "even": layouts.EVEN, "large": layouts.LARGE}
 WORLDS: dict[int, World] = {}
-
-Arrays = dict[str, Any]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,49 +40,13 @@ def numbers(name: str) -> tuple[str, torch.dtype]:
     return ("large", torch.float32) if "8bit" in name else ("uneven", torch.float64)
 
 
-def distance(found: Arrays, expected: Arrays) -> float:
-    assert found.keys() == expected.keys()
-    return max(float(np.abs(found[name] - expected[name]).max()) for name in found)
-
-
-def share(found: Arrays, expected: Arrays, start: Arrays) -> float:
-    """The distance of weights as a share of the way that they have come."""
-    norm = np.linalg.norm
-    return max(float(norm(found[k] - expected[k]) / norm(expected[k] - start[k])) for k in found)
-
-
 class TestTraining:
-    """Three refreshes in ten steps of a LLaMA whose rows no number of ranks divides."""
-
-    @pytest.mark.parametrize("name", EXACT)
-    def test_four_uneven_shards_are_one_process(self, name: str) -> None:
-        found = world(4).run(work.trained, name, "fsdp", None, torch.float64)[0]
-        assert distance(found, dense(name)) < 1e-8
-
-    @pytest.mark.parametrize("name", ["galore", "frugal columns", "adafactor"])
-    def test_two_shards_are_one_process(self, name: str) -> None:
-        found = world(2).run(work.trained, name, "fsdp", None, torch.float64)[0]
-        assert distance(found, dense(name)) < 1e-8
+    """Three refreshes in ten steps; `test_distributed_methods.py` has every method in every layout."""
 
     @pytest.mark.parametrize("name", ["fira", "online", "adafactor", "apollo"])
     def test_the_kept_side_sharded(self, name: str) -> None:
         found = world(4).run(work.trained, name, "kept", layouts.EVEN, torch.float64)[0]
         assert distance(found, dense(name, "even")) < 1e-8
-
-    @pytest.mark.parametrize("name", ["galore", "frugal", "adafactor"])
-    def test_hybrid_shards(self, name: str) -> None:
-        found = world(4).run(work.trained, name, "hsdp", None, torch.float64)[0]
-        assert distance(found, dense(name)) < 1e-8
-
-    @pytest.mark.parametrize("name", ["galore", "frugal columns", "online", "adafactor"])
-    def test_tensor_parallelism(self, name: str) -> None:
-        found = world(2).run(work.trained, name, "tp", layouts.EVEN, torch.float64)[0]
-        assert distance(found, dense(name, "even")) < 1e-8
-
-    @pytest.mark.parametrize("name", ["galore", "fira", "flora", "adafactor"])
-    def test_tensor_parallelism_within_shards(self, name: str) -> None:
-        found = world(4).run(work.trained, name, "fsdp tp", None, torch.float64)[0]
-        assert distance(found, dense(name)) < 1e-8
 
     @pytest.mark.parametrize("name", ["galore", "fira", "adamw"])
     def test_in_fp32(self, name: str) -> None:
@@ -93,24 +54,9 @@ class TestTraining:
         found = world(2).run(work.trained, name, "fsdp", None, torch.float32)[0]
         assert share(found, expected, start) < 1e-4
 
-    @pytest.mark.parametrize("layout", ["fsdp", "hsdp"])
-    @pytest.mark.parametrize("name", ["adamw 8bit", "galore 8bit"])
-    def test_moments_in_8_bits_are_rounded_otherwise_and_no_more(self, name: str, layout: str) -> None:
-        expected, start = (dense(name, "large", torch.float32, steps) for steps in (work.STEPS, 0))
-        found = world(4).run(work.trained, name, layout, layouts.LARGE, torch.float32)[0]
-        assert share(found, expected, start) < 0.02
-
     def test_the_llama_of_transformers(self) -> None:
         found = world(2).run(work.llama, "fsdp", work.STEPS)[0]
         assert distance(found, work.llama("dense", work.STEPS)) < 1e-4  # parts of it are in fp32 whatever the dtype
-
-
-@pytest.mark.parametrize("name", work.METHODS)
-def test_replicas_stay_equal_to_the_bit(name: str) -> None:
-    """A hundred steps of DistributedDataParallel, weights and state, without an option."""
-    differing, total = zip(*world(2).run(work.replicas, name, SIZES[numbers(name)[0]], 100), strict=True)
-    assert differing == (0, 0)
-    assert total[0] > 5000
 
 
 class TestCheckpoints:

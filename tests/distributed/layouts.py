@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 HEADS = 4
 BATCH, LENGTH = 8, 6
 
-Build = Callable[[nn.Module], torch.optim.Optimizer]
+Build = Callable[..., torch.optim.Optimizer]
 
 
 class Block(nn.Module):
@@ -60,6 +60,23 @@ class Model(nn.Module):
         return self.head(self.norm(x))
 
 
+class Family(nn.Module):
+    """Models that are sharded, and run, as one: their weights and gradients travel together."""
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.vocabulary = models[0].vocabulary
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all models."""
+        return [block for member in self.models for block in member.blocks]  # type: ignore[union-attr]
+
+    def forward(self, tokens: Tensor) -> list[Tensor]:
+        return [member(tokens) for member in self.models]
+
+
 LARGE = {"hidden": 70, "head": 18, "inner": 258, "vocabulary": 83}
 """Sizes at which weights, and at rank 16 low-rank moments, are coded in 8 bits."""
 EVEN = {"hidden": 32, "head": 8, "inner": 48, "vocabulary": 52}
@@ -79,7 +96,7 @@ def mesh(*shape: int) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
 
 
-def shard(made: Model, layout: str) -> nn.Module:
+def shard(made: Model | Family, layout: str) -> nn.Module:
     """Shard a model over all ranks: `dense`, `ddp`, `fsdp`, `kept`, `hsdp`, `tp` or `fsdp tp`."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if layout == "ddp":
@@ -98,8 +115,7 @@ def shard(made: Model, layout: str) -> nn.Module:
 
 
 def _fully(made: nn.Module, over: DeviceMesh, **options: Any) -> nn.Module:
-    for block in made.blocks:  # type: ignore[union-attr]
-        fully_shard(block, mesh=over, **options)
+    fully_shard(list(made.blocks), mesh=over, **options)  # type: ignore[arg-type]
     return fully_shard(made, mesh=over, **options)
 
 
@@ -120,29 +136,39 @@ def share(layout: str) -> tuple[int, int]:
 
 
 def loss(made: nn.Module, step: int, part: tuple[int, int] = (0, 1)) -> Tensor:
-    """Of this rank's rows of the batch of a step."""
+    """Of this rank's rows of the batch of a step; of several models the sum."""
     vocabulary = getattr(made, "module", made).vocabulary
     tokens = torch.randint(vocabulary, (BATCH, LENGTH), generator=torch.Generator().manual_seed(step % 5))
     tokens = tokens.chunk(part[1])[part[0]]
-    logits = made(tokens)[:, :-1].flatten(0, 1)
-    return functional.cross_entropy(logits, tokens[:, 1:].flatten())
+    every = made(tokens)
+    return sum(
+        functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+        for logits in (every if isinstance(every, list) else [every])
+    )
 
 
 def train(made: nn.Module, optimizer: torch.optim.Optimizer, steps: range, layout: str = "dense") -> None:
-    part = share(layout)
     for step in steps:
         optimizer.zero_grad()
-        loss(made, step, part).backward()
-        if layout.endswith("tp"):
-            _agree(made)
+        backward(made, step, layout)
         optimizer.step()
+
+
+def backward(made: nn.Module, step: int, layout: str) -> None:
+    """Find the gradients of a step."""
+    loss(made, step, share(layout)).backward()
+    if layout.endswith("tp"):
+        _agree(made)
 
 
 def _agree(made: nn.Module) -> None:
     """Norms within local heads have a part of their gradient: who parallelises a model by hand sums it."""
-    for name, param in made.named_parameters():
-        if name.endswith(("norm_q.weight", "norm_k.weight")):
-            dist.all_reduce(local(param.grad), group=made.heads)
+    names = ("norm_q.weight", "norm_k.weight")
+    parts = [local(param.grad) for name, param in made.named_parameters() if name.endswith(names)]
+    total = torch.cat(parts)
+    dist.all_reduce(total, group=made.heads)
+    for part, summed in zip(parts, total.split([len(part) for part in parts]), strict=True):
+        part.copy_(summed)
 
 
 def local(tensor: Any) -> Any:

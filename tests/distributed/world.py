@@ -43,7 +43,7 @@ class World:
                 raise AssertionError(f"ranks did not come back from {work.__name__}{args} in {PATIENCE} seconds")
             for pipe in ready:
                 waiting.remove(pipe)
-                raised, found[pipe] = pipe.recv()
+                raised, found[pipe] = _received(pipe)
                 if raised:
                     self.close()
                     raise AssertionError(f"a rank of {self.size} failed in {work.__name__}{args}:\n{found[pipe]}")
@@ -70,6 +70,13 @@ class World:
             process = context.Process(target=_serve, args=(theirs, rank, self.size, str(meeting)), daemon=True)
             process.start()
             self._ranks.append((process, ours))
+
+
+def _received(pipe: Any) -> tuple[bool, Any]:
+    try:
+        return pipe.recv()  # type: ignore[no-any-return]
+    except EOFError:
+        return True, "the process died: collectives of the ranks do not match, see its standard error"
 
 
 def _serve(pipe: Any, rank: int, size: int, meeting: str) -> None:
