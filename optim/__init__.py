@@ -11,7 +11,8 @@
   `lowmem.optim.compat` serves their import names and the strings of Hugging Face's Trainer.
 - **Groups of a model:** `param_groups`, `head_groups`, and `matched`, which tells what they meant.
 - **Gradients:** `enable_gradient_release` steps in the backward pass, `SubspaceAccumulator` sums micro-batches in the
-  subspace, `SubspaceReduction` sends R in the place of gradients, `kept_shard` shards so that projections send nothing.
+  subspace, `SubspaceReduction` sends R in the place of gradients, `kept_shard` shards so that projections send nothing,
+  `check_replicas` tells whether copies are still equal.
 - **Checkpoints:** `convert_state` (another rank, other bits), `from_bitsandbytes`, `to_bitsandbytes`,
   `full_precision_state_dict`.
 - **Memory before training:** `plan`, `plan_training`.
@@ -24,7 +25,7 @@ from .apollo import Apollo, APOLLOAdamW
 from .badam import LISA, BAdam
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .convert import convert_state
-from .ddp import SubspaceReduction
+from .ddp import SubspaceReduction, check_replicas
 from .fira import Fira
 from .flora import Flora
 from .frugal import Frugal
@@ -64,6 +65,7 @@ __all__ = [
     "SubspaceAccumulator",
     "SubspaceReduction",
     "TrainingPlan",
+    "check_replicas",
     "convert_state",
     "enable_gradient_release",
     "from_bitsandbytes",

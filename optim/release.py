@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
@@ -13,22 +14,37 @@ from torch.utils.hooks import RemovableHandle
 from .core.accumulation import Own
 from .core.lifecycle import Lifecycle
 from .core.released import Clip, Cycle
+from .core.sharding import is_dtensor
+from .ddp import AveragedCycle, check_replicas
 
 AVERAGED = (
-    "a DistributedDataParallel model averages its gradients after they are complete, when release has used them; train "
-    "without release, or shard with fully_shard(model)"
+    "a DistributedDataParallel model averages its gradients after they are complete, when release has used them, in "
+    "buckets as large as all of them; release the bare model, enable_gradient_release(model, optimizer, "
+    "replicas=torch.distributed.group.WORLD), or shard with fully_shard(model)"
 )
 
 
 class GradientRelease:
     """The hooks of `enable_gradient_release`; a context manager that removes them at its end."""
 
-    def __init__(self, model: nn.Module, optimizer: Lifecycle, steps: int, clip: Clip) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Lifecycle,
+        steps: int,
+        clip: Clip,
+        replicas: dist.ProcessGroup | None = None,
+    ) -> None:
         if optimizer.release is not None:
             raise ValueError("gradients of this optimizer are released already: remove() the first handle")
         self._model: nn.Module | None = model
         self._optimizer, self._steps = optimizer, steps
-        self._cycle = Cycle(optimizer, Own(optimizer) if steps > 1 else None, clip, steps)
+        way = Own(optimizer) if steps > 1 else None
+        self._cycle = (
+            Cycle(optimizer, way, clip, steps)
+            if replicas is None
+            else AveragedCycle(optimizer, way, clip, steps, replicas)
+        )
         self._hooks: dict[int, RemovableHandle] = {}
         self._called = False
         self._attach(model)
@@ -126,6 +142,7 @@ def enable_gradient_release(
     *,
     max_norm: float | None = None,
     clip_by: str = "previous",
+    replicas: dist.ProcessGroup | None = None,
 ) -> GradientRelease:
     """Step every parameter within `loss.backward()` and free its gradient at once.
 
@@ -152,6 +169,9 @@ def enable_gradient_release(
         max_norm: Largest norm of the gradients; None does not clip.
         clip_by: "previous": every gradient is scaled by `min(1, max_norm / n)`, n the norm of all gradients of the step
             before (in the first step by its own norm); "matrix": every gradient by its own norm.
+        replicas: Process group of copies of the model, in the place of DistributedDataParallel: every gradient, or its
+            sum in the subspace, is averaged over it before it is used. All of them must start equal and use the same
+            parameters in every step; buffers, as those of batch norms, stay their own. None: there are no copies.
 
     Returns:
         A handle with `remove()` and `grad_norm`, which is a context manager too.
@@ -160,8 +180,8 @@ def enable_gradient_release(
         TypeError: The optimizer is not of this package.
         ValueError: An option is out of range; nothing of the model is in the optimizer; the model averages gradients
             over processes after they are complete; the optimizer needs the gradients of all parameters at once, or
-            with `accumulation_steps` whole gradients.
-        RuntimeError: Later: a GradScaler steps the optimizer, or a graph is used twice.
+            with `accumulation_steps` whole gradients; `replicas` is given for sharded parameters.
+        RuntimeError: Replicas do not start equal. Later: a GradScaler steps the optimizer, or a graph is used twice.
     """
     if not isinstance(optimizer, Lifecycle):
         raise TypeError(f"got a {type(optimizer).__name__}: gradient release needs an optimizer of lowmem.optim")
@@ -172,4 +192,11 @@ def enable_gradient_release(
     reason = optimizer.needs_all_gradients()
     if reason is not None:
         raise ValueError(f"parameters cannot be stepped one by one: {reason}")
-    return GradientRelease(model, optimizer, accumulation_steps, Clip.of(max_norm, clip_by))
+    clip = Clip.of(max_norm, clip_by)
+    if replicas is not None:
+        if any(is_dtensor(param) for param in model.parameters()):
+            raise ValueError(
+                "got replicas= and sharded parameters, whose gradients are averaged already: drop replicas="
+            )
+        check_replicas(optimizer, replicas)
+    return GradientRelease(model, optimizer, accumulation_steps, clip, replicas)

@@ -1,83 +1,118 @@
-"""Replicas that reduce R instead of gradients."""
+"""Replicas: R is reduced instead of gradients, gradients are released, and those that differ are found."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from lowmem.optim import Fira, GaLore, SubspaceReduction
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from lowmem.optim import Fira, GaLore, SubspaceReduction, enable_gradient_release
+from torch import nn
 
-from tests.helpers import randn
+from tests.distributed import replicas
+from tests.distributed.measure import distance
+from tests.distributed.replicas import batch, loss_of, net
+from tests.distributed.world import World
 
-WORLD, STEPS = 2, 8
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 12)).double()
+WHOLE = 24 * 40 + 40 + 40 * 12 + 12
+LOW = 4 * 40 + 40 + 4 * 40 + 12
+"""Elements of all gradients, and with R in the place of those of matrices."""
 
 
-def optimizer_of(model: nn.Module) -> GaLore:
-    return GaLore(model.parameters(), lr=1e-2, rank=4, update_proj_gap=3)
+@pytest.fixture(scope="module")
+def two() -> Iterator[World]:
+    started = World(2)
+    yield started
+    started.close()
 
 
-def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    return (model(batch) - 1).square().mean()
+@pytest.fixture(scope="module")
+def four() -> Iterator[World]:
+    started = World(4)
+    yield started
+    started.close()
 
 
-def batch(step: int, rank: int) -> Tensor:
-    return randn(6, 24, seed=10 * step + rank, dtype=torch.float64)
-
-
-def replica(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    model = DistributedDataParallel(net())
-    optimizer = optimizer_of(model)
-    model.register_comm_hook(SubspaceReduction(optimizer), SubspaceReduction.reduce)
-    sent: list[int] = []
-    run = dist.all_reduce
-
-    def counted(tensor: Tensor, *args: Any, **options: Any) -> Any:
-        sent.append(tensor.numel())
-        return run(tensor, *args, **options)
-
-    dist.all_reduce = counted
-    elements = []
-    for step in range(STEPS):
-        sent.clear()
-        loss_of(model, batch(step, rank)).backward()
-        elements.append(sum(sent))
-        optimizer.step()
-        optimizer.zero_grad()
-    torch.save({"weights": model.module.state_dict(), "sent": elements}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_replicas_that_send_r_follow_the_run_of_whole_gradients(tmp_path: Path) -> None:
-    mp.spawn(replica, (tmp_path,), nprocs=WORLD)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
+def test_replicas_that_send_r_follow_the_run_of_whole_gradients(two: World) -> None:
+    (found, sent), (other, _) = two.run(replicas.reduced, 8)
     model = net()
-    optimizer = optimizer_of(model)
-    for step in range(STEPS):
-        for rank in range(WORLD):
-            (loss_of(model, batch(step, rank)) / WORLD).backward()
+    optimizer = GaLore(model.parameters(), lr=1e-2, rank=4, update_proj_gap=3)
+    for step in range(8):
+        for rank in range(2):
+            (loss_of(model, batch(step, rank)) / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(found[0]["weights"][name], value, rtol=1e-9, atol=1e-10)
-        assert torch.equal(found[0]["weights"][name], found[1]["weights"][name])
-    whole = 24 * 40 + 40 + 40 * 12 + 12
-    low = 4 * 40 + 40 + 4 * 40 + 12
-    assert found[0]["sent"] == [whole if step % 3 == 0 else low for step in range(STEPS)]
+    for name, value in replicas.arrays(model).items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-10)
+        assert found[name].tobytes() == other[name].tobytes()
+    assert sent == [WHOLE if step % 3 == 0 else LOW for step in range(8)]
 
 
 def test_methods_that_need_whole_gradients_are_refused() -> None:
     with pytest.raises(ValueError, match="Fira uses whole gradients in every step"):
         SubspaceReduction(Fira(net().parameters(), rank=4))
+
+
+class TestRelease:
+    @pytest.mark.parametrize("name", replicas.METHODS)
+    @pytest.mark.parametrize("max_norm", [None, 0.01])
+    def test_replicas_are_those_of_ddp_to_the_bit(self, two: World, name: str, max_norm: float | None) -> None:
+        expected = two.run(replicas.data_parallel, name, max_norm)
+        for (found, kept), known in zip(two.run(replicas.released, name, max_norm), expected, strict=True):
+            assert kept == 0
+            assert [key for key in known if found[key].tobytes() != known[key].tobytes()] == []
+
+    def test_micro_batches_are_averaged_in_the_subspace(self, two: World) -> None:
+        (found, sent), (other, _) = two.run(replicas.accumulated, True)
+        expected, _ = two.run(replicas.accumulated, False)[0]
+        assert distance(found, expected) < 1e-9
+        assert distance(found, other) == 0.0
+        assert sent == [WHOLE if step % 6 == 0 else LOW for step in range(replicas.STEPS)]
+
+    def test_replicas_that_start_apart_are_refused(self, two: World) -> None:
+        assert all("replicas differ in weight of parameter 0 (40, 24)" in s for s in two.run(replicas.starting_apart))
+
+    def test_a_model_in_ddp_is_told_what_to_write(self, tmp_path: str) -> None:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            model = nn.parallel.DistributedDataParallel(net())
+            with pytest.raises(
+                ValueError, match=r"release the bare model, .*replicas=torch\.distributed\.group\.WORLD"
+            ):
+                enable_gradient_release(model, GaLore(model.parameters(), rank=4))
+        finally:
+            torch.distributed.destroy_process_group()
+
+
+class TestCheck:
+    @pytest.mark.parametrize("name", replicas.METHODS)
+    def test_replicas_of_one_run_are_equal(self, two: World, name: str) -> None:
+        assert two.run(replicas.checked, name, None) == ["equal"] * 2
+
+    @pytest.mark.parametrize("name", ["weight", "basis", "exp_avg", "exp_avg_sq", "step", "missing", "order"])
+    def test_a_change_on_a_rank_is_named(self, two: World, name: str) -> None:
+        part = {"missing": "exp_avg", "order": "basis"}.get(name, name)
+        for said in two.run(replicas.checked, "galore", (2, name, 1)):
+            assert f"RuntimeError: replicas differ in {part} of module.2.weight (12, 40): ranks [1] of 2" in said
+            assert "1 of 4 parameters differ" in said
+            assert ("GaLore(..., replicas=group) shares the bases" in said) == (part == "basis")
+
+    def test_vectors_count_and_the_first_rank_is_the_measure(self, four: World) -> None:
+        for said in four.run(replicas.checked, "fira", (1, "exp_avg_sq", 0)):
+            assert "differ in exp_avg_sq of module.0.bias (40,): ranks [1, 2, 3] of 4 are not as rank 0" in said
+
+    def test_bases_that_are_shared_already_are_no_remedy(self, two: World) -> None:
+        assert two.run(replicas.checked, "galore", None, True) == ["equal"] * 2
+        for said in two.run(replicas.checked, "galore", (0, "basis", 1), True):
+            assert "differ in basis" in said
+            assert "replicas=group" not in said
+
+    def test_hybrid_shards_are_compared_among_copies(self, four: World) -> None:
+        equal = four.run(replicas.hybrid, False)
+        assert all("ValueError: got sharded parameters" in without for without, _ in equal)
+        assert [within for _, within in equal] == ["equal"] * 4
+        found = [within for _, within in four.run(replicas.hybrid, True)]
+        assert found[0] == found[2] == "equal"
+        assert all("differ in exp_avg of parameter " in found[rank] for rank in (1, 3))
+        assert all("ranks [1] of 2 are not as rank 0" in found[rank] for rank in (1, 3))
