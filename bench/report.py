@@ -83,8 +83,8 @@ def mean_curve(curves: Sequence[Curve]) -> Curve:
 def loss_picture(path: Path, curve: Curve) -> None:
     """Write the losses of one run."""
     figure, axes = subplots(1)
-    draw(axes[0], curve, COLOURS[0], MARKERS[0])
-    finish_losses(axes[0], [curve])
+    _draw(axes[0], curve, COLOURS[0], MARKERS[0])
+    _finish_losses(axes[0], [curve])
     figure.savefig(path)
 
 
@@ -92,8 +92,8 @@ def comparison_picture(path: Path, curves: Sequence[Curve], rows: Sequence[Row])
     """Write all curves, and the optimizer states as bars beside them."""
     figure, axes = subplots(2, width_ratios=[2.2, 1])
     for index, curve in enumerate(curves):
-        draw(axes[0], curve, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
-    finish_losses(axes[0], curves)
+        _draw(axes[0], curve, COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
+    _finish_losses(axes[0], curves)
     sizes = [row.summary["optimizer_state_bytes"] / 1e6 for row in rows]
     colours = [COLOURS[index % len(COLOURS)] for index in range(len(rows))]
     bars = axes[1].barh([row.label for row in rows], sizes, height=0.5, color=colours)
@@ -160,8 +160,7 @@ def subplots(count: int, **layout: Any) -> tuple[Any, list[Any]]:
     return figure, list(axes[0])
 
 
-def draw(axis: Any, curve: Curve, colour: str, marker: str) -> None:
-    """Draw one curve: validation marked, the band of its seeds, training thin."""
+def _draw(axis: Any, curve: Curve, colour: str, marker: str) -> None:
     tokens, losses = curve.train
     width = max(1, len(losses) // 100)
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
@@ -171,8 +170,7 @@ def draw(axis: Any, curve: Curve, colour: str, marker: str) -> None:
     axis.plot(*curve.held_out, color=colour, marker=marker, markersize=5, linewidth=1.8, label=curve.label)
 
 
-def finish_losses(axis: Any, curves: Sequence[Curve]) -> None:
-    """Name the axes of drawn curves, and fit the range to them."""
+def _finish_losses(axis: Any, curves: Sequence[Curve]) -> None:
     axis.set(xlabel="tokens", ylabel="loss (nats a token)", title="Validation (marked) and training (thin) loss")
     # The first steps from random weights would flatten everything else.
     shown = [loss for curve in curves for series in (curve.band or curve.held_out[1:]) for loss in series]

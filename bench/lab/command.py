@@ -39,7 +39,7 @@ A file:
       - adamw lr=1e-3|2e-3                                # an ENTRY, or this:
       - {optimizer: galore, lr: [1e-2, 2e-2], rank: [32, 64], carry: [rotate, keep]}
     cases:                                                # what depends on others
-      - {when: {dtype: bf16}, set: {rounding: stochastic}}
+      - {when: {dtype: bf16, optimizer: galore}, set: {rounding: stochastic}}
 
 The keys title, notes and paper (source, loss, figures) are shown in the report; bench/lab/spec.py describes them all.
 """

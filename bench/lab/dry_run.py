@@ -33,7 +33,7 @@ def dry_run(lab: Lab) -> None:
                 " ".join(f"{name}={text}" for name, text in point.texts.items()),
                 point.config.model,
                 f"{point.config.steps:,}",
-                f"{tokens / 1e6:,.4g} M",
+                tokens_text(tokens),
                 "-" if point.state_bytes is None else decimal(point.state_bytes),
                 f"{paper:.2f}" if paper else "-",
             )
@@ -42,9 +42,14 @@ def dry_run(lab: Lab) -> None:
     table = Console(width=None if console.is_terminal else TABLE_WIDTH)
     table.print(f"{lab.title}", markup=False)
     table.print(terminal_table(COLUMNS, lines))
-    counted = f"{len(points)} points x {seeds} seeds = {len(points) * seeds} runs"
-    table.print(f"{counted}, {total / 1e6:,.4g} M tokens", markup=False)
+    counted = f"{len(points)} points x {seeds} {'seed' if seeds == 1 else 'seeds'} = {len(points) * seeds} runs"
+    table.print(f"{counted}, {tokens_text(total)} tokens", markup=False)
     if lab.paper.source:
         table.print(f"paper: {lab.paper.source}, beside our {lab.paper.loss} perplexity", markup=False)
     for note in lab.notes:
         table.print(f"- {note}", markup=False)
+
+
+def tokens_text(count: int) -> str:
+    """Return a number of tokens in millions or, as papers have it, in billions."""
+    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.2f} M"

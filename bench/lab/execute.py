@@ -158,7 +158,7 @@ class RayCluster:
         self._ray, self.slots = ray, jobs
         self._own = not ray.is_initialized()
         if self._own:
-            ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, include_dashboard=False)
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
         there = ray.cluster_resources()
         self.threads = share(int(there.get("CPU", 1)), jobs)
         gpus = min(1.0, there.get("GPU", 0) / jobs)

@@ -77,6 +77,7 @@ def _row(point: Point, label: str, series: int, runs: Sequence[tuple[Trial, Outc
         "planned": len(runs),
         "diverged": sum(outcome.diverged for _, outcome in runs),
         "best": False,
+        "edge": False,
         "runs": [outcome.to_json() for _, outcome in runs],
     }
     if not summaries:
@@ -122,14 +123,13 @@ def _short(values: Sequence[float]) -> list[float]:
 
 
 def _mark_best(rows: Sequence[Record]) -> None:
-    """Mark the best point of every series, in place."""
-    best: dict[int, Record] = {}
-    for row in rows:
-        there = best.get(row["series"])
-        if _rank(row) < (_rank(there) if there else math.inf):
-            best[row["series"]] = row
-    for row in best.values():
-        row["best"] = True
+    """Mark the best point of every series, in place, and whether it lies at an edge of the rates that were tried."""
+    for index in {row["series"] for row in rows}:
+        own = [row for row in rows if row["series"] == index]
+        best = min(own, key=_rank)
+        if _rank(best) < math.inf:
+            rates = [row["lr"] for row in own if row["lr"] is not None]
+            best["best"], best["edge"] = True, len({*rates}) > 1 and best["lr"] in (min(rates), max(rates))
 
 
 def _rank(row: Mapping[str, Any]) -> float:

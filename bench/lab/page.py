@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -21,10 +22,14 @@ def write_page(path: Path, figures: Record) -> None:
 def page(figures: Record) -> str:
     """Return the page; what the figures say in text cannot end the element that holds them."""
     data = json.dumps(figures, allow_nan=False).replace("<", "\\u003c")
-    text = _part("report.html").replace("{title}", escape(figures["title"]))
-    script = "".join(map(_part, SCRIPTS))
-    # The figures come last: a text in them that looks like a place to fill stays as it is.
-    return text.replace("{style}", _part("report.css")).replace("{script}", script).replace("{figures}", data)
+    parts = {
+        "title": escape(figures["title"]),
+        "style": _part("report.css"),
+        "script": "".join(map(_part, SCRIPTS)),
+        "figures": data,
+    }
+    # In one pass: a text of the figures that looks like a place to fill stays as it is.
+    return re.sub(r"\{(title|style|script|figures)\}", lambda place: parts[place[1]], _part("report.html"))
 
 
 def _part(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import EngFormatter
 
-from ..report import COLOURS, MARKERS, Curve, draw, finish_losses, subplots
+from ..report import COLOURS, MARKERS, subplots
 from ..rundir import Record
 
 LINES = ("-", "--", ":")
@@ -19,20 +19,16 @@ def write_picture(path: Path, figures: Record) -> None:
     figure, axes = subplots(3)
     rows = [row for row in figures["rows"] if row["val_loss"] is not None]
     best = sorted((row for row in rows if row["best"]), key=lambda row: row["val_loss"])
-    names = figures["series"]
-    curves = [_curve(row, names) for row in best]
-    for row, curve in zip(best, curves, strict=True):
-        draw(axes[0], curve, *_style(row)[:2])
-    if curves:
-        finish_losses(axes[0], curves)
-        axes[0].legend(frameon=False, fontsize=9)
-    _rates(axes[1], rows, names)
-    _states(axes[2], best, names)
+    _curves(axes[0], best, figures["series"])
+    _rates(axes[1], [row for row in rows if row["lr"] and not row["diverged"]])
+    _states(axes[2], best, figures["series"])
+    for axis in axes:
+        axis.grid(alpha=0.25)
     figure.savefig(path)
 
 
 def front(rows: Sequence[Record]) -> list[Record]:
-    """Return the rows to which no other is better in loss without more state, by bytes of state."""
+    """Return the rows of the Pareto front, by bytes of state: no other has less loss without more state."""
     found: list[Record] = []
     for row in sorted(rows, key=lambda row: (row["state_bytes"], row["val_loss"])):
         if not found or row["val_loss"] < found[-1]["val_loss"]:
@@ -40,39 +36,56 @@ def front(rows: Sequence[Record]) -> list[Record]:
     return found
 
 
-def _style(row: Record) -> tuple[str, str, str]:
-    index = row["series"]
-    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], LINES[index // len(COLOURS) % len(LINES)]
+def style(series: int) -> dict[str, Any]:
+    """Return colour, marker and dash of a series, which tell it from all others."""
+    index, dash = series % len(COLOURS), series // len(COLOURS) % len(LINES)
+    return {"color": COLOURS[index], "marker": MARKERS[(index + dash) % len(MARKERS)], "ls": LINES[dash], "lw": 1.8}
 
 
-def _curve(row: Record, names: Sequence[str]) -> Curve:
-    curve = row["curve"]
-    band = (curve["low"], curve["high"]) if curve["low"] != curve["high"] else None
-    train = (curve["train_tokens"], curve["train_loss"])
-    return Curve(names[row["series"]], train, (curve["tokens"], curve["loss"]), band)
+def _curves(axis: Any, best: Sequence[Record], names: Sequence[str]) -> None:
+    shown: list[float] = []
+    for row in best:
+        curve, look = row["curve"], style(row["series"])
+        axis.plot(curve["tokens"], curve["loss"], markersize=5, label=names[row["series"]], **look)
+        axis.fill_between(curve["tokens"], curve["low"], curve["high"], color=look["color"], alpha=0.2, linewidth=0)
+        # The first validation, of a model that knows nothing yet, would flatten all others.
+        skip = len(curve["loss"]) > 2
+        shown += [*curve["low"][skip:], *curve["high"][skip:]]
+    if shown:
+        margin = 0.06 * (max(shown) - min(shown)) or 0.1
+        axis.set_ylim(min(shown) - margin, max(shown) + margin)
+        axis.legend(frameon=False, fontsize=9)
+    axis.set(xlabel="tokens", ylabel="loss (nats a token)", title="Validation loss of the best points")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def _rates(axis: Any, rows: Sequence[Record], names: Sequence[str]) -> None:
-    for index in range(len(names)):
-        points = sorted((r["lr"], r["val_loss"], r["val_std"] or 0) for r in rows if r["series"] == index and r["lr"])
-        if points:
-            colour, marker, line = _style({"series": index})
-            rates, losses, errors = zip(*points, strict=True)
-            axis.errorbar(rates, losses, errors, color=colour, marker=marker, ls=line, markersize=5, capsize=3)
+def _rates(axis: Any, rows: Sequence[Record]) -> None:
+    for series in sorted({row["series"] for row in rows}):
+        points = sorted((r["lr"], r["val_loss"], r["val_std"] or 0) for r in rows if r["series"] == series)
+        rates, losses, errors = zip(*points, strict=True)
+        axis.errorbar(rates, losses, errors, markersize=5, capsize=3, **style(series))
     axis.set(xlabel="learning rate", title="Validation loss by learning rate")
     axis.set_xscale("log")
-    axis.grid(alpha=0.25)
 
 
 def _states(axis: Any, best: Sequence[Record], names: Sequence[str]) -> None:
     edge = front(best)
     axis.step([r["state_bytes"] for r in edge], [r["val_loss"] for r in edge], where="post", color="#8C8C8C", lw=1)
+    axis.set_xscale("log")
+    axis.margins(x=0.3, y=0.1)
     for row in best:
-        colour, marker, _ = _style(row)
-        axis.plot(row["state_bytes"], row["val_loss"], color=colour, marker=marker, markersize=7)
-        text = {"xytext": (7, 4), "textcoords": "offset points", "fontsize": 9}
-        axis.annotate(names[row["series"]], (row["state_bytes"], row["val_loss"]), **text)
+        axis.plot(row["state_bytes"], row["val_loss"], markersize=7, **style(row["series"]))
     axis.set(xlabel="optimizer state (bytes)", title="Best validation loss by optimizer state")
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.margins(x=0.2)
-    axis.grid(alpha=0.25)
+    _names(axis, best, names)
+
+
+def _names(axis: Any, best: Sequence[Record], names: Sequence[str]) -> None:
+    """Write names beside marks, those that would touch above each other."""
+    low, high = axis.get_ylim()
+    line, free = (high - low) / 24, low
+    for row in sorted(best, key=lambda row: row["val_loss"]):
+        free = max(free + line, row["val_loss"])
+        # A blank of its own width keeps the name off its mark, on either side.
+        text = {"fontsize": 9, "va": "center", "color": style(row["series"])["color"], "ha": "right"}
+        axis.text(row["state_bytes"], free, f"{names[row['series']]}   ", **text)

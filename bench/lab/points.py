@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, lru_cache
-from typing import Any, get_type_hints
+from functools import lru_cache
+from typing import get_type_hints
 
 from torch import nn
 
@@ -46,15 +46,11 @@ class Point:
         run = {name: str(getattr(self.config, name)) for name in RUN_OPTIONS}
         return {**run, **self.texts, **self.entry.texts, "optimizer": self.entry.optimizer}
 
-    @cached_property
+    @property
     def state_bytes(self) -> int | None:
         """Bytes of optimizer state, counted without allocating it; None where the first gradients decide."""
-        from ...optim.plan import needs
-
-        try:
-            return needs(_optimizer(self.config), "cpu").plan.state
-        except (RuntimeError, NotImplementedError, ValueError):
-            return None
+        decisive = tuple((name, text) for name, text in self.texts.items() if name != "lr")
+        return _state_bytes(self.config.model, self.config.dtype, self.entry.optimizer, decisive)
 
     def runs(self, seeds: Sequence[int]) -> list[Run]:
         """Return a run for every seed; the one of the shared seed keeps the point's own folder."""
@@ -151,15 +147,21 @@ def _point(entry: Entry, shared: Mapping[str, str], cases: Sequence[Case]) -> Po
                 raise UserError(f"no option {name!r} of {entry.optimizer} or of pretrain.{near}")
         options = parse_options(entry.optimizer, known, own)
         config = RunConfig(**run, optimizer=entry.optimizer, options=options)
-        _optimizer(config)
+        build_optimizer(entry.optimizer, options, _skeleton(config.model, config.dtype), config.seed)
     except UserError as error:
         raise UserError(f"{entry.text}: {error}") from None
     return Point(entry, config, own)
 
 
-def _optimizer(config: RunConfig) -> Any:
-    model = _skeleton(config.model, config.dtype)
-    return build_optimizer(config.optimizer, config.options, model, config.seed)
+@lru_cache
+def _state_bytes(model: str, dtype: str, optimizer: str, texts: tuple[tuple[str, str], ...]) -> int | None:
+    from ...optim.plan import needs
+
+    options = parse_options(optimizer, run_options(optimizer), dict(texts))
+    try:
+        return needs(build_optimizer(optimizer, options, _skeleton(model, dtype), seed=0), "cpu").plan.state
+    except (RuntimeError, NotImplementedError, ValueError):
+        return None
 
 
 @lru_cache(maxsize=8)

@@ -162,10 +162,15 @@ function lead() {
   find("curves-note").textContent = `Validation: ${seeds}.`;
 }
 
+function edges() {
+  const found = data.rows.filter((row) => row.edge).map((row) => names[row.series]);
+  return found.length ? ` At an edge of the rates that were tried: ${found.join(", ")}.` : "";
+}
+
 function update() {
   [...find("chips").children].forEach((chip, index) => chip.setAttribute("aria-pressed", state.shown.has(index)));
   find("tip").hidden = true;
-  find("table-note").textContent = state.every ? "Every point; the best of each method in bold." : "Each method at its best learning rate.";
+  find("table-note").textContent = state.every ? "Every point; the best of each method in bold." : `Each method at its best learning rate.${edges()}`;
   table();
   curves();
   rates();

@@ -64,6 +64,12 @@ def loss_text(row: Record) -> str:
     return text if count == row["planned"] else f"{text} ({count} of {row['planned']} seeds)"
 
 
+def edge_text(figures: Record) -> str:
+    """Return which series are best at an edge of their rates, so that a better one may lie beyond it."""
+    names = [figures["series"][row["series"]] for row in figures["rows"] if row["edge"]]
+    return f"Best at an edge of the rates that were tried: {', '.join(names)}.\n" if names else ""
+
+
 def summary(figures: Record, lines: Sequence[Sequence[str]]) -> str:
     """Return the summary in Markdown: conditions, the best point of every series, what failed."""
     shared = ", ".join(f"{name} {value}" for name, value in figures["shared"].items() if value != "")
@@ -73,6 +79,7 @@ def summary(figures: Record, lines: Sequence[Sequence[str]]) -> str:
     if lines:
         parts.append("The best learning rate of every series; mean and sample deviation over the seeds:\n")
         parts.append(markdown_table(COLUMNS, lines))
+        parts.append(edge_text(figures))
     if figures["paper"]:
         parts.append(f"Paper: {figures['paper']['source']}, beside our {figures['paper']['loss']} perplexity.\n")
     for kind in ("diverged", "failed", "missing"):

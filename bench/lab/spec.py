@@ -14,8 +14,9 @@ A complete file:
         lr: [1e-2, 2e-2]
         rank: [32, 64]
         carry: [rotate, keep]
-    cases:                                  # what depends on the point: filled in where `when` holds and the
-      - when: {dtype: bf16}                 # entry does not say it itself
+    cases:                                  # what depends on the point: where all of `when` holds, `set` is filled in,
+      - when:                               # but for what the entry says itself
+          {dtype: bf16, optimizer: galore}
         set: {rounding: stochastic}
     paper:                                  # published perplexities, shown beside the measured ones
       source: Some paper, Table 2
