@@ -75,8 +75,6 @@ class Basis(ABC):
 
     names: tuple[str, ...] = ("basis",)
     """State tensors that hold it."""
-    splits: bool = False
-    """The projected side may be sharded: every rank multiplies by its own rows of P."""
     picks: bool = False
     """It is a choice of entries, which leaves all others as they are."""
     counted: bool = False
@@ -121,7 +119,6 @@ class Dense(Basis):
     """P itself, with orthonormal columns."""
 
     names = ("basis", "basis_left")
-    splits = True
 
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
         """The basis in the weight's dtype or in few bits: `b r` elements, and `a r` for the left one of two."""

@@ -26,7 +26,6 @@ class Index(Basis):
 
     picks = True
     counted = True
-    splits = True
 
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
         """`r` integers of 4 bytes."""

@@ -62,7 +62,6 @@ class Gaussian(Basis):
     """
 
     names = DENSE.names
-    splits = True
     specs, change, columns = DENSE.specs, DENSE.change, DENSE.columns
     project, project_back_ = DENSE.project, DENSE.project_back_
 

@@ -63,8 +63,6 @@ class Segments(Basis):
         mine: The projected coordinates of a piece; None where it has all.
     """
 
-    splits = True
-
     sizes: tuple[int, ...]
     mine: range | None = None
 

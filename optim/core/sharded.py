@@ -14,8 +14,6 @@ from .layout import Layout
 from .projector import PROJECTORS
 from .view import MatrixView
 
-KEEP = "shard the kept side, fully_shard(model, shard_placement_fn=kept_shard)"
-
 
 def check_sharded(plans: Iterable[Plan], groups: Sequence[dict[str, Any]], stranger: str | None) -> None:
     """Refuse sharded parameters whose group asks for what needs more of them than the sums of their layout.
@@ -68,10 +66,6 @@ def _projected(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> st
         return f"projector={group.get('projector')!r} needs whole matrices: choose 'sketch', or 'columns'"
     if projector.side == "flat":
         return _single(group, view, layout)
-    if not layout.cols:
-        return None
-    if not projector.basis.splits:
-        return f"projector={group['projector']!r} chooses among coordinates that are sharded: {KEEP}"
     return None
 
 
