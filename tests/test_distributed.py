@@ -54,6 +54,21 @@ class TestTraining:
         found = world(2).run(work.trained, name, "fsdp", None, torch.float32)[0]
         assert share(found, expected, start) < 1e-4
 
+    @pytest.mark.parametrize("name", ["galore", "fira", "adafactor"])
+    def test_offloaded_to_the_cpu(self, name: str) -> None:
+        """CPUOffloadPolicy, where the mesh is of the CPU too: what a GPU adds is pinned memory and copies."""
+        found, devices = world(2).run(routes.offloaded, name, work.STEPS)[0]
+        assert devices == {"cpu"}
+        assert distance(found, dense(name)) < 1e-8
+
+    @pytest.mark.xfail(reason="state is allocated on the device of the mesh", strict=True)
+    @pytest.mark.parametrize("name", ["galore", "fira", "adafactor"])
+    def test_offloaded_from_the_device_of_the_mesh(self, name: str) -> None:
+        """Offloaded shards of a GPU's mesh: steps, their sums and all state stay on the CPU."""
+        found, devices = world(2).run(routes.elsewhere, name, work.STEPS)[0]
+        assert devices == {"cpu"}
+        assert distance(found, dense(name)) < 1e-8
+
     def test_the_llama_of_transformers(self) -> None:
         found = world(2).run(work.llama, "fsdp", work.STEPS)[0]
         assert distance(found, work.llama("dense", work.STEPS)) < 1e-4  # parts of it are in fp32 whatever the dtype

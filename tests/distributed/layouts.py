@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lowmem.optim import kept_shard
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional
@@ -96,14 +96,21 @@ def mesh(*shape: int) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards")[-len(shape) :])
 
 
+ONE_MESH: dict[str, dict[str, Any]] = {
+    "fsdp": {},
+    "kept": {"shard_placement_fn": kept_shard},
+    "offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+}
+"""Layouts of FSDP2 over one dimension, and their options."""
+
+
 def shard(made: Model | Family, layout: str) -> nn.Module:
-    """Shard a model over all ranks: `dense`, `ddp`, `fsdp`, `kept`, `hsdp`, `tp` or `fsdp tp`."""
+    """Shard a model over all ranks: `dense`, `ddp`, `fsdp`, `offload`, `kept`, `hsdp`, `tp` or `fsdp tp`."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if layout == "ddp":
         return DistributedDataParallel(made)
-    if layout in ("fsdp", "kept"):
-        options = {"shard_placement_fn": kept_shard} if layout == "kept" else {}
-        return _fully(made, mesh(world), **options)
+    if layout in ONE_MESH:
+        return _fully(made, mesh(world), **ONE_MESH[layout])
     if layout == "hsdp":
         return _fully(made, mesh(2, world // 2))
     if layout == "tp":

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import lowmem.optim as optim
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial
 from torch.nn.parallel import DistributedDataParallel
 
-from .layouts import loss, mesh, model, shard, share, train, weights, whole
+from .layouts import backward, local, loss, mesh, model, shard, share, train, weights, whole
 from .saving import all_state
 from .work import GAP, LR, METHODS, RANK
 
@@ -35,6 +37,16 @@ def released(name: str, layout: str, options: dict[str, Any], steps: int) -> tup
             optimizer.step()
             optimizer.zero_grad()
     return weights(made), norms
+
+
+def offloaded(name: str, steps: int) -> tuple[dict[str, Any], set[str]]:
+    """Train shards that are kept on the CPU: weights, and where weights, gradients and state are."""
+    made = shard(model(), "offload")
+    optimizer = METHODS[name](made)
+    train(made, optimizer, range(steps), "offload")
+    held = [value for state in optimizer.state.values() for value in state.values()]
+    grads = [param.grad for param in made.parameters() if param.grad is not None]
+    return weights(made), {local(tensor).device.type for tensor in (*made.parameters(), *grads, *held)}
 
 
 def exchanged(name: str, steps: int) -> dict[str, Any]:
@@ -150,3 +162,16 @@ def long_vector(state_dtype: str) -> tuple[bool, str]:
             optimizer.zero_grad()
         found.append((whole(norm.weight.detach()), optimizer.state[norm.weight]["exp_avg"].dtype))
     return torch.allclose(found[0][0], found[1][0], rtol=1e-6, atol=0.0), str(found[1][1])
+
+
+def elsewhere(name: str, steps: int) -> tuple[dict[str, Any], set[str]]:
+    """Train shards that lie elsewhere than on the device of their mesh, as offloaded ones do, while they are stepped."""
+    made = shard(model(), "offload")
+    optimizer = METHODS[name](made)
+    for step in range(steps):
+        made.zero_grad()
+        backward(made, step, "offload")
+        with mock.patch.object(DeviceMesh, "device_type", "meta"):
+            optimizer.step()
+    held = [value for state in optimizer.state.values() for value in state.values()]
+    return weights(made), {local(tensor).device.type for tensor in held}
