@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,21 +78,14 @@ def run(name: str, shape: tuple[int, int], make: Callable[[Tensor], Tensor], ste
 
 
 @every
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize(("shape", "size"), [("query", 2), ("key", 5)])
 def test_sharded_trajectories_are_the_dense_one(name: str, shape: str, dim: int, size: int) -> None:
     """Kept and projected side sharded; worlds of 5 leave uneven and empty pieces, and cut heads."""
     assert compare(OPTIMIZERS[name], SHAPES[shape], size, dim) < 1e-9
 
 
-OTHER_WORLDS = [
-    ("heads-max-norm", 1, 0),
-    ("fused", 1, 1),
-    ("exact", 64, 0),
-    ("heads-additive", 64, 1),
-    ("fused", 64, 0),
-]
+OTHER_WORLDS = [("heads-max-norm", 1, 0), ("fused", 1, 1), ("heads-additive", 64, 1), ("fused", 64, 0)]
 OTHER_WORLDS += [(name, 3, dim) for name in ("exact", "additive", "heads-additive", "fused", "randk") for dim in (0, 1)]
 
 
@@ -107,7 +101,7 @@ def on_mesh(placements: tuple[Any, Any], sizes: tuple[int, int] = (2, 3)) -> Any
     return lambda tensor: distribute_tensor(tensor.clone(), mesh, placements if tensor.ndim > 1 else of_vector)
 
 
-MESHES = [(Replicate(), Shard(0)), (Replicate(), Shard(1)), (Shard(0), Shard(1)), (Shard(1), Shard(0))]
+MESHES = [(Replicate(), Shard(0)), (Shard(0), Shard(1)), (Shard(1), Shard(0))]
 MESHES += [(Shard(0), Shard(0))]
 
 
@@ -145,11 +139,17 @@ def test_weights_of_more_dimensions() -> None:
         assert max(float((one - dense).abs().max()) for one in found) < 1e-9
 
 
+@lru_cache
+def held_by(name: str) -> frozenset[str]:
+    optimizer = run(name, SHAPES["query"], torch.clone, steps=1)[2]
+    return frozenset(optimizer.state_dict()["state"][0])
+
+
 @every
 @pytest.mark.parametrize("dim", [0, 1])
 def test_state_is_sharded_as_its_parameter(name: str, dim: int) -> None:
     """In the warm-up and after it: whole shapes and numbers are those of the dense run, a rank keeps its share."""
-    for steps in (2, 6):
+    for steps in (2, 6) if "residual_warmup_step" in held_by(name) else (6,):
         dense = run(name, SHAPES["query"], torch.clone, steps=steps)[2].state_dict()["state"]
 
         def body(steps: int = steps, dense: Any = dense) -> None:
