@@ -165,7 +165,7 @@ def long_vector(state_dtype: str) -> tuple[bool, str]:
 
 
 def elsewhere(name: str, steps: int) -> tuple[dict[str, Any], set[str]]:
-    """Train shards that lie elsewhere than on the device of their mesh, as offloaded ones do, while they are stepped."""
+    """Train shards that lie elsewhere than on the device of their mesh, as offloaded ones, while they are stepped."""
     made = shard(model(), "offload")
     optimizer = METHODS[name](made)
     for step in range(steps):
