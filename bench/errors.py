@@ -18,6 +18,12 @@ class Diverged(UserError):
     exit_code = 3
 
 
+class Interrupted(UserError):
+    """The user or the machine's scheduler ended the command before it was through."""
+
+    exit_code = 130
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of `error` on a single line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -107,6 +107,10 @@ class RunFolder:
         """Write the summary, which marks the run as finished."""
         write_json(self._summary, summary)
 
+    def prune(self) -> None:
+        """Delete weights and checkpoints; what the run measured stays."""
+        self._remove([self._checkpoint, *self.path.glob(SHARDS), *self.path.glob("model")])
+
     def save_checkpoint(self, state: Record) -> None:
         """Write the checkpoint in one piece: an interrupted write leaves the old one."""
         part = self._checkpoint.with_suffix(".part")

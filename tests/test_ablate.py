@@ -353,9 +353,9 @@ def small(tmp_path, monkeypatch):
     return {"model": "small.json", "data": "text.txt", **BUDGET}
 
 
-def run(monkeypatch, ablation, executor):
+def run(monkeypatch, ablation, executor, **settings):
     monkeypatch.setattr(laboratory, "executor_of", lambda name, jobs: executor)
-    ablate(ablation, Settings(Path("out"), save_every=1))
+    ablate(ablation, Settings(Path("out"), save_every=1, **settings))
     return json.loads(Path("out/ablate.json").read_text())
 
 
@@ -406,6 +406,14 @@ def test_an_interrupted_ablation_reports_what_is_there_and_goes_on_from_the_chec
     assert [row["val_loss"] for row in resumed["rows"]] == losses
 
 
+def test_a_pruned_run_keeps_its_figures_alone(small, monkeypatch):
+    ablation = Lab("", [parse_entry("adamw lr=1e-2|1e38")], small)
+    figures = run(monkeypatch, ablation, Inline(), prune=True)
+    left = {path.name for path in Path("out/adamw_lr_1e-2").iterdir()}
+    assert left == {"config.json", "metrics.jsonl", "summary.json", "loss.png"}
+    assert run(monkeypatch, ablation, Inline()) == figures
+
+
 def test_a_folder_of_another_configuration_is_refused_before_anything_runs(small, monkeypatch):
     run(monkeypatch, Lab("", [parse_entry("adamw lr=1e-2")], small), Inline())
     with pytest.raises(UserError, match=r"config\.steps is 4 there, 5 here"):
@@ -433,6 +441,13 @@ def test_the_command_runs_processes_side_by_side_and_reports_what_is_there(small
     assert lowmem(monkeypatch, "ablate", "--file=lab.yaml", *flags, "--seeds=2", "--report-only", "--out=lab") == 0
     kinds = [item["kind"] for item in json.loads(Path("lab/ablate.json").read_text())["failures"]]
     assert sorted(kinds) == ["diverged", "missing", "missing"]
+
+
+def test_an_interrupted_command_says_how_to_go_on(small, monkeypatch, capsys):
+    monkeypatch.setattr(laboratory, "executor_of", lambda name, jobs: Inline(1, KeyboardInterrupt()))
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]
+    assert lowmem(monkeypatch, "ablate", "adamw lr=1e-2", *flags, "--out=lab") == 130
+    assert capsys.readouterr().err.startswith("lowmem: interrupted; the same command goes on")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ class Settings:
         jobs: Runs at a time.
         executor: `processes` of this machine, or `ray`.
         save_every: Steps between checkpoints; 0 saves at the end only.
+        prune: Whether to delete weights and checkpoints of runs that are finished.
         run: Whether to run what is missing, rather than to report what is there.
         command: What was written, for the report.
     """
@@ -36,6 +37,7 @@ class Settings:
     jobs: int = 1
     executor: str = "processes"
     save_every: int = 0
+    prune: bool = False
     run: bool = True
     command: str = ""
 
@@ -78,4 +80,6 @@ def _run(trials: Sequence[Trial], outcomes: list[Outcome], settings: Settings, c
         for number, end in ends:
             index = missing[number]
             outcomes[index] = trials[index].ended(end)
+            if settings.prune and outcomes[index].summary:
+                trials[index].folder.prune()
             progress.end(trials[index].label, outcomes[index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..commands import SaveEvery, run_flags
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 
 Entries = Annotated[
     list[str] | None,
@@ -65,6 +66,9 @@ def ablate(
         str, typer.Option(help='processes of this machine, or tasks of a ray cluster (extra "ray").')
     ] = "processes",
     save_every: SaveEvery = 0,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete weights and checkpoints of runs that are finished.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the runs, their tokens and estimated state, and run nothing.")
     ] = False,
@@ -93,8 +97,18 @@ def ablate(
     from .ablate import ablate as run
 
     folder = out or Path("runs") / (file.stem if file else preset or "ablate")
-    command = shlex.join(["lowmem", *sys.argv[1:]])
-    run(lab, Settings(folder, jobs, executor, save_every, not report_only, command))
+    settings = Settings(
+        folder, jobs, executor, save_every, prune, not report_only, shlex.join(["lowmem", *sys.argv[1:]])
+    )
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as schedulers of clusters end a job
+    try:
+        run(lab, settings)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; the same command goes on, from checkpoints where --save-every made some"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 ablate.__doc__ = HELP
