@@ -22,6 +22,7 @@ from .spec import Spec
 from .summary import Summary, summarise
 from .validate import check_subspace
 from .view import MatrixView, matrix_shape
+from .witness import Witness
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,6 +68,7 @@ class Groups(Optimizer):
 
     def _transient(self) -> None:
         """Set up what is derived and never saved."""
+        self._witness = Witness(getattr(self, "param_groups", None))
         self._plans: list[Plan] = []
         self._plans_key: tuple[Any, ...] | None = None
         self._settled: dict[Tensor, dict[str, Spec]] = {}
@@ -109,8 +111,10 @@ class Groups(Optimizer):
         self._validate({**inherited, **param_group})
         if "density" in param_group:
             param_group.setdefault("rank", None)
+        explicit = any(param_group.get(name) is not None for name in ("rank", "density"))
         super().add_param_group(param_group)
         try:
+            self._witness.add(self.param_groups, explicit=explicit)
             for param in self.param_groups[-1]["params"]:
                 self._admit(param, self.param_groups[-1])
         except (TypeError, ValueError):
@@ -139,6 +143,7 @@ class Groups(Optimizer):
         """
         key = tuple((*map(seen, group["params"]), *self._fingerprint(group)) for group in self.param_groups)
         if key != self._plans_key:
+            self._witness.check(self.param_groups)
             for group in self.param_groups:
                 self._validate(group)
                 for param in group["params"]:
@@ -205,8 +210,7 @@ class Groups(Optimizer):
 
     def full_precision(self, param: Tensor) -> Tensor:
         """The value of a parameter in fp32, with its correction where `rounding="compensated"` keeps one."""
-        held = self.state.get(param, {})
-        correction = held.get(target.CORRECTION)
+        correction = self.state.get(param, {}).get(target.CORRECTION)
         return param.detach().float() if correction is None else join(param.detach(), correction)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -236,8 +240,9 @@ class Groups(Optimizer):
             if saved:
                 foreign = sorted(group.keys() - self.defaults.keys() - {"params", "param_names"})
                 label = f"parameter {position} {tuple(param.shape)}{f', saved with {foreign},' if foreign else ''}"
-                reader = f"this {type(self).__name__}"
-                self.state[param] = restore(saved, described[param], label, reader, layouts[param])
+                self.state[param] = restore(
+                    saved, described[param], label, f"this {type(self).__name__}", layouts[param]
+                )
 
     def summary(self) -> Summary:
         """Tell what was matched: one row a bucket with shape, count, side, rank and bytes of state.
