@@ -51,6 +51,7 @@ OPTIMIZERS: dict[str, Build] = {
     "heads-max-norm": lambda p: GaLorePlus(p, **WARM, num_heads=2, head_select="max_norm"),
     "heads-cycle": lambda p: GaLorePlus(p, **WARM, num_heads=8, head_select="cycle", carry="reset"),
     "one-head": lambda p: GaLorePlus(p, **WARM, num_heads=1),
+    "heads-options": lambda p: GaLorePlus(p, **WARM, num_heads=4, weight_norm=True, shard_basis=True, lazy=0.5),
     "fused": fused,
     "fused-additive": lambda p: fused(p, residual="additive"),
     "fused-keep": lambda p: fused(p, carry="keep", head_select="max_norm", residual=None),
@@ -119,6 +120,14 @@ def test_two_mesh_dimensions(name: str, placements: tuple[Any, Any]) -> None:
         return max(float((a.full_tensor() - b).abs().max()) for a, b in zip(sharded[:2], dense[:2], strict=True))
 
     assert max(in_world(6, body)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["exact", "fused", "randk-rotate"])
+def test_copies_of_whole_weights(name: str) -> None:
+    dense = run(name, SHAPES["query"], torch.clone)[0]
+    whole = (Replicate(), Replicate())
+    found = in_world(2, lambda: run(name, SHAPES["query"], on_mesh(whole, (1, 2)))[0].full_tensor())
+    assert all(torch.equal(one, dense) for one in found)
 
 
 def test_weights_of_more_dimensions() -> None:
