@@ -6,7 +6,7 @@ models are sharded as one, so that a step of all of them costs few collectives m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -53,28 +53,41 @@ def world(size: int) -> World:
     return WORLDS.setdefault(size, World(size))
 
 
-def arguments(coded: bool, kind: str) -> tuple[Any, ...]:
-    """Methods whose moments are in 8 bits need weights that are large enough, and round."""
-    case = (CODED, kind, layouts.LARGE, torch.float32) if coded else (EXACT, kind, None, torch.float64)
-    return (*case, work.LONG)
+def train(names: list[str], kind: str, run: Callable[..., Any]) -> Any:
+    """Moments in 8 bits need weights that are large enough, and round."""
+    coded = names[0] in CODED
+    sizes, dtype = (layouts.LARGE, torch.float32) if coded else (None, torch.float64)
+    return run(work.together, names, kind, sizes, dtype, work.LONG)
 
 
 @lru_cache
 def dense(coded: bool) -> dict[str, Arrays]:
-    found = work.together(*arguments(coded, "dense"))
+    found = train(CODED if coded else EXACT, "dense", lambda function, *args: function(*args))
     assert [name for name in found if isinstance(found[name], str)] == []
     return found
 
 
 @lru_cache
 def sharded(layout: str, coded: bool) -> dict[str, Arrays | str]:
-    """Weights by method, or what became of it on the first of the ranks where it failed."""
+    """Weights by method, or what became of it."""
     names = CODED if coded else EXACT
     try:
-        ranks = world(LAYOUTS[layout].ranks).run(work.together, *arguments(coded, LAYOUTS[layout].kind))
-    except AssertionError as error:  # the world has ended
-        return dict.fromkeys(names, str(error))
+        return together(layout, names)
+    except AssertionError:  # the ranks have ended, and each method by itself tells by which of them
+        return {name: alone(layout, name) for name in names}
+
+
+def together(layout: str, names: list[str]) -> dict[str, Arrays | str]:
+    """Weights of the first rank, or what was raised on any."""
+    ranks = train(names, LAYOUTS[layout].kind, world(LAYOUTS[layout].ranks).run)
     return {name: next((rank[name] for rank in ranks if isinstance(rank[name], str)), ranks[0][name]) for name in names}
+
+
+def alone(layout: str, name: str) -> Arrays | str:
+    try:
+        return together(layout, [name])[name]
+    except AssertionError as error:
+        return str(error)
 
 
 def of(name: str, layout: str) -> Arrays:
@@ -104,8 +117,7 @@ def test_moments_in_8_bits_are_rounded_otherwise_and_no_more(name: str, layout: 
 
 @lru_cache
 def replicas(coded: bool) -> list[dict[str, tuple[int, int]]]:
-    names, _, sizes, *_ = arguments(coded, "ddp")
-    return world(2).run(work.replicas, names, sizes, 100)
+    return world(2).run(work.replicas, CODED if coded else EXACT, layouts.LARGE if coded else None, 100)
 
 
 @pytest.mark.parametrize("name", [*EXACT, *CODED])
