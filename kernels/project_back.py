@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from .reference import Move, Scaled, Signed, residual
 from .rounding import Target
@@ -43,13 +44,32 @@ def _add_(value: Tensor, step: Tensor, alpha: float | Tensor) -> None:
 
 
 def _add_residual_(value: Tensor, rest: Scaled | Signed | None, move: Move) -> None:
-    """`V <- V + alpha residual`; on a CPU factors that silence nothing multiply in one pass."""
-    if isinstance(rest, Scaled) and _loud(rest) and not isinstance(move.alpha, Tensor):
+    """`V <- V + alpha residual`; on a CPU, where it can be asked, in few passes if nothing is silenced."""
+    if rest is None:
+        return
+    if value.device.type != "cpu" or isinstance(move.alpha, Tensor):
+        _add_(value, _whole(rest, value, move), move.alpha)
+    elif isinstance(rest, Scaled) and _loud(rest):
         value.addcmul_(rest.grad.to(value.dtype), rest.factors.to(value.dtype), value=move.alpha)
-    elif rest is not None:
-        step = residual(rest, value.dtype, move.gemm)
-        assert isinstance(step, Tensor)
-        _add_(value, step, move.alpha)
+    elif isinstance(rest, Signed) and rest.sound:
+        value.add_(_signs(rest, value.dtype), alpha=move.alpha * rest.scale)
+    else:
+        value.add_(_whole(rest, value, move), alpha=move.alpha)
+
+
+def _whole(rest: Scaled | Signed, value: Tensor, move: Move) -> Tensor:
+    step = residual(rest, value.dtype, move.gemm)
+    assert isinstance(step, Tensor)
+    return step
+
+
+def _signs(rest: Signed, work: torch.dtype) -> Tensor:
+    """`sign(G - E F^T)`, zero where the difference is not above the floor; torch's shrinkage compares fastest."""
+    if rest.left is None or rest.right is None or rest.floor is None:
+        return rest.grad.sign()
+    difference = rest.grad.to(work) - (rest.left @ rest.right.T).to(work)
+    tiny = torch.finfo(work).tiny
+    return hardshrink(difference.div_(rest.floor.clamp(min=tiny)), 1.0).sign_()
 
 
 def _in_place_(weight: Tensor, left: Tensor | None, right: Tensor | None, move: Move) -> None:

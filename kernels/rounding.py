@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import random
+from . import choice, random
 
 ROUNDINGS = ("nearest", "stochastic", "compensated", "compensated8")
 CORRECTIONS = {"compensated": torch.int16, "compensated8": torch.int8}
@@ -69,13 +69,13 @@ class Target:
         """Copy some rows (dim 0) or columns (dim 1); `put` writes them back."""
         across = torch.arange(self.weight.shape[1 - dim], device=index.device)
         cells = (index[:, None], across) if dim == 0 else (across[:, None], index)
-        return self._copy(lambda tensor: tensor.index_select(dim, index), cells)
+        return self._copy(lambda tensor: choice.select(tensor, index, dim), cells)
 
     def put(self, selection: Target, index: Tensor, dim: int) -> None:
         """Write rows or columns of `select` back."""
-        self.weight.index_copy_(dim, index, selection.weight)
+        choice.put_(self.weight, index, dim, selection.weight)
         if self.correction is not None and selection.correction is not None:
-            self.correction.index_copy_(dim, index, selection.correction)
+            choice.put_(self.correction, index, dim, selection.correction)
 
     def take(self, index: Tensor) -> Target:
         """Copy the entries at flat indices (k,), as (1, k); `put_at` writes them back."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import random
+from ...kernels.choice import select
 from ...kernels.reference import Scaled, scaled
 from ...kernels.rounding import Target
 from .basis import Bases, Basis, State, Step, multiply
@@ -44,9 +45,9 @@ class Index(Basis):
         here, chosen = _among(held["basis"], mine)
         if here is not None:
             out.zero_()
-            out[:, here] = matrix.index_select(1, chosen).to(out.dtype)
+            out[:, here] = select(matrix, chosen, 1).to(out.dtype)
         else:
-            out.copy_(matrix.index_select(1, chosen))
+            out.copy_(select(matrix, chosen, 1))
 
     def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
         """Scatter columns; a signed residual is zero in them."""
@@ -56,7 +57,7 @@ class Index(Basis):
         value = columns.read().mul_(decay)  # (a, r), or its transpose as all that follows
         moved = direction.T if step.transposed else direction
         if isinstance(residual, Scaled):
-            there = Scaled(residual.grad.index_select(0 if step.transposed else 1, chosen), residual.factors)
+            there = Scaled(select(residual.grad, chosen, 0 if step.transposed else 1), residual.factors)
             moved = moved + scaled(there, value.dtype)
         if residual is not None or isinstance(decay, Tensor) or decay != 1.0:
             step.rest(target)

@@ -32,6 +32,7 @@ def pca_gradient(basis: Tensor, image: Tensor, adjoint: Tensor, ortho: float, la
     """Gradient of `|A P P^T - A|^2 + lam |P^T P - I|^2` in P, for A of unit norm, without a matrix of A's size.
 
         Y = A P,  Z = A^T Y,  S = P^T P,  B = Y^T Y:    2 (Z S + P B - 2 Z) + 4 lam P (S - I)
+                                                      = Z (2 S - 4 I) + P (2 B + 4 lam (S - I))
 
     Args:
         basis: P (b, r).
@@ -42,11 +43,10 @@ def pca_gradient(basis: Tensor, image: Tensor, adjoint: Tensor, ortho: float, la
     """
     gram = layout.sum_cols(basis.T @ basis)  # (r, r)
     captured = layout.sum_rows(image.T @ image)  # (r, r)
-    grad = 2 * (adjoint @ gram + basis @ captured - 2 * adjoint)
-    if ortho:
-        gram.diagonal().sub_(1)
-        grad += 4 * ortho * (basis @ gram)
-    return grad
+    factor = captured.mul_(2).add_(gram, alpha=4 * ortho)
+    factor.diagonal().sub_(4 * ortho)
+    gram.mul_(2).diagonal().sub_(4)
+    return (adjoint @ gram).addmm_(basis, factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +80,9 @@ def descend_(b: Bucket, index: int, low: Tensor) -> None:
     rules would blow up.
     """
     held, matrix, how = b.states[index], b.matrix(index), Descent.of(b.hyper)
-    norm = (
-        b.layout.sum_all(torch.linalg.vector_norm(matrix, dtype=b.dtype).square()).sqrt()
-        if not b.layout.alone
-        else torch.linalg.vector_norm(matrix, dtype=b.dtype)
-    )
+    norm = torch.linalg.vector_norm(matrix, dtype=b.dtype)
+    if not b.layout.alone:
+        norm = b.layout.sum_all(norm.square()).sqrt()
     usable = norm.isfinite() & (norm > 0)
     if b.fresh[index] or (norm.device.type == "cpu" and not usable):
         return
@@ -92,7 +90,9 @@ def descend_(b: Bucket, index: int, low: Tensor) -> None:
     basis, rule, lr = held["basis"], RULES[how.hyper.rule], how.hyper.lr
     image = (-low if b.hyper.maximize else low) / norm  # Y, whatever sign the weights follow
     adjoint = b.layout.sum_rows(linalg.product(matrix.T, image) / norm)
-    grad = torch.where(usable, pca_gradient(basis, image, adjoint, how.ortho, b.layout), 0.0)
+    grad = pca_gradient(basis, image, adjoint, how.ortho, b.layout)
+    if grad.device.type != "cpu":
+        grad = torch.where(usable, grad, 0.0)
     held[f"{PREFIX}step"] += 1
     moments = {name: held[PREFIX + name] for name in rule.buffers(tuple(basis.shape), how.hyper)}
     direction = torch.empty_like(grad)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ...kernels.project_back import piece
 from ...kernels.reference import Scaled, Signed
 from ...kernels.reference import residual as remainder
+from ...kernels.statistics import row_squares
 from ...kernels.tiles import tiles
 from .apply import count_step
 from .basis import DENSE
@@ -68,7 +69,8 @@ def silence_(b: Bucket, low: Tensor) -> Tensor:
     sound = sound_gradients(b)
     if b.view.full:  # every rank has all of R
         sound = b.layout.max_all((~sound).int()) == 0
-    low.masked_fill_(~sound[:, None, None], 0.0)
+    if sound.device.type != "cpu" or not sound.all():  # asking a GPU would synchronise
+        low.masked_fill_(~sound[:, None, None], 0.0)
     return sound
 
 
@@ -146,8 +148,7 @@ def _of_remainder(b: Bucket, index: int, low: Tensor, sound: Tensor, free: Free)
         low = left @ low  # (a, r)
     low = -low if b.hyper.maximize else low
     roundings = sum(n * torch.finfo(dtype).eps for n, dtype in zip(NOISE, (basis.dtype, low.dtype), strict=True))
-    norms = torch.linalg.vector_norm(matrix, dim=1, dtype=low.dtype)
-    norms = b.layout.sum_cols(norms.square()).sqrt() if b.layout.cols else norms
+    norms = b.layout.sum_cols(row_squares(matrix, low.dtype)).sqrt_()
     floor = norms * (roundings / b.whole.b**0.5)  # (a,)
     plain = _of_gradient(b, index, sound, free)
     assert isinstance(plain, Signed)
