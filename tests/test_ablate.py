@@ -1,6 +1,8 @@
 """The ablation lab without a browser: what a grid means, where runs happen, what is kept, reported and resumed."""
 
+import io
 import json
+import re
 import sys
 import textwrap
 import threading
@@ -19,8 +21,10 @@ from lowmem.bench.lab.ablate import Settings, ablate
 from lowmem.bench.lab.execute import Ended, Processes, RayCluster, Task, executor_of, own_threads, run_all
 from lowmem.bench.lab.figures import published
 from lowmem.bench.lab.points import all_runs, matches, override, points_of, seeds_of
+from lowmem.bench.lab.progress import LabProgress
 from lowmem.bench.lab.spec import Lab, parse, parse_seeds, preset_names, read_preset
-from lowmem.bench.search import parse_entry
+from lowmem.bench.search import Outcome, Run, parse_entry
+from rich.console import Console
 
 SMALL = {
     "model_type": "llama",
@@ -56,6 +60,13 @@ def test_the_file_of_the_documentation_is_complete_and_means_what_it_says():
     assert len(rounded) == 8
     assert [published(p, ablation.paper) for p in points[:4]] == [None, 34.06, None, 34.06]
     assert seeds_of(ablation, points[0]) == [0, 1, 2]
+
+
+def test_a_grid_is_a_list_or_a_mapping_from_optimizers():
+    listed = parse("grid: [adamw lr=1|2, {optimizer: lisa, update-proj-gap: [3, 4]}]", "", "name")
+    mapped = parse("grid: {adamw: {lr: [1, 2]}, lisa: {update_proj_gap: 3|4}}", "", "name")
+    assert listed == mapped
+    assert [entry.text for entry in listed.grid] == ["adamw lr=1|2", "lisa update_proj_gap=3|4"]
 
 
 def test_runs_are_named_as_compare_names_them_and_every_point_has_every_seed():
@@ -313,6 +324,22 @@ def test_a_real_cluster_runs_a_task(tmp_path):
     task = Task(("-c", "raise SystemExit('from the cluster')"), str(tmp_path), str(tmp_path / "log"))
     assert dict(run_all([task], RayCluster(1), lambda number: None)) == {0: Ended(1, "from the cluster\n")}
     assert (tmp_path / "log").read_text() == "from the cluster\n"
+
+
+def test_a_terminal_shows_what_is_finished_what_runs_and_when_all_is_through():
+    now = [0.0]
+    console = Console(force_terminal=True, width=140, file=io.StringIO(), highlight=False, get_time=lambda: now[0])
+    outcome = Outcome(Run(parse_entry("adamw"), 0, "adamw"), {"val_loss": 2.0})
+    with LabProgress(console, 4, 1) as progress:
+        for label in ("a run", "another", "the last"):
+            progress.start(label)
+            now[0] += 600
+            if label != "the last":
+                progress.end(label, outcome)
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", console.file.getvalue())
+    assert "1 of 4 runs are there already" in shown
+    assert "[3/4] another: validation loss 2.0000" in shown
+    assert "3/4 0:30:00 eta 0:10:00 running the last" in shown
 
 
 # What is kept, reported and resumed

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from lowmem.bench.lab.page import page
 from lowmem.bench.lab.picture import front, style
-from lowmem.bench.lab.report import cells, edge_text, summary
+from lowmem.bench.lab.report import cells, edge_text, json_text, summary
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -111,6 +111,12 @@ def test_the_table_has_the_best_points_by_loss_and_the_summary_what_failed():
     assert "1 diverged: galore lr=1e38 seed 0." in text
     assert "model 9m, steps 100; 5 points, 2 seeds; a processor." in text
     assert edge_text(FIGURES) == "Best at an edge of the rates that were tried: flora.\n"
+
+
+def test_the_json_has_lists_of_numbers_on_one_line():
+    text = json_text(FIGURES)
+    assert json.loads(text) == FIGURES
+    assert '        "tokens": [1000, 2000, 3000],\n' in text
 
 
 def test_the_front_has_what_nothing_beats_in_both():

@@ -16,7 +16,7 @@ from .outcomes import MISSING, Trial
 from .points import Point, matches
 from .spec import RUN_OPTIONS, Lab, Paper
 
-LONGEST_CURVE = 80
+LONGEST_CURVE = 60
 """Points of a training curve; every line in between is averaged."""
 
 

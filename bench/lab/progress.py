@@ -21,6 +21,8 @@ class LabProgress:
         text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
         columns = (BarColumn(16), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
         self._bar = Progress(*columns, text, console=console, disable=not console.is_terminal)
+        # Runs take minutes to days: the usual window of 30 seconds would hold the end of none.
+        self._bar.speed_estimate_period = 30 * 24 * 3600.0
         self._task = self._bar.add_task("", total=total, completed=done, text="")
 
     def __enter__(self) -> LabProgress:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from ..pretrain import perplexity
-from ..rundir import Record, write_json
+from ..rundir import Record
 from ..search import Outcome
 from ..tables import markdown_table, terminal_table
 from .figures import collect
@@ -26,7 +28,7 @@ COLUMNS = ("optimizer", "options", "state", "val loss", "perplexity", "paper", "
 def report(lab: Lab, trials: Sequence[Trial], outcomes: Sequence[Outcome], out: Path, command: str) -> None:
     """Write `ablate.json`, `.html`, `.png` and `.md` into `out`, and print the best points."""
     figures = collect(lab, trials, outcomes, command)
-    write_json(out / "ablate.json", figures)
+    (out / "ablate.json").write_text(json_text(figures), encoding="utf-8")
     write_page(out / "ablate.html", figures)
     lines = cells(figures)
     (out / "ablate.md").write_text(summary(figures, lines), encoding="utf-8")
@@ -36,6 +38,12 @@ def report(lab: Lab, trials: Sequence[Trial], outcomes: Sequence[Outcome], out: 
         write_picture(out / "ablate.png", figures)
         table.print(terminal_table(COLUMNS, lines))
     table.print(f"report: {out / 'ablate.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def json_text(figures: Record) -> str:
+    """Return JSON with every list of numbers on a line of its own."""
+    text = json.dumps(figures, indent=2, allow_nan=False)
+    return re.sub(r"\[\n([-+.\de,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def cells(figures: Record) -> list[tuple[str, ...]]:

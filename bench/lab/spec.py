@@ -13,7 +13,7 @@ A complete file:
       - optimizer: galore                   # or a mapping, whose lists are the values of a grid
         lr: [1e-2, 2e-2]
         rank: [32, 64]
-        carry: [rotate, keep]
+        carry: [rotate, keep]               # (the grid may also be one mapping from optimizers to their options)
     cases:                                  # what depends on the point: where all of `when` holds, `set` is filled in,
       - when:                               # but for what the entry says itself
           {dtype: bf16, optimizer: galore}
