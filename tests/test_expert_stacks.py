@@ -220,7 +220,7 @@ def sharded(name: str, placements: tuple[Placement, ...], mesh: tuple[int, ...])
             assert all(value.placements == placements for value in held.values())
         return float((param.detach().full_tensor() - dense.detach()).abs().max())
 
-    assert max(in_world(math.prod(mesh), body)) <= (1e-12 if placements == (Shard(0),) else 1e-9)
+    assert max(in_world(math.prod(mesh), body)) <= (1e-12 if placements == (Shard(0),) else 1e-7)
 
 
 @every
@@ -233,16 +233,44 @@ def test_worlds_that_leave_uneven_and_no_experts(world: int) -> None:
     sharded("galore", (Shard(0),), (world,))
 
 
-@pytest.mark.parametrize("name", ["galore", "galore-lazy", "fira", "frugal", "flora", "online", "apollo"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "frugal-randk"])
 @pytest.mark.parametrize("dim", [1, 2])
 def test_stacks_sharded_within_their_matrices_train_as_the_dense_one(name: str, dim: int) -> None:
     sharded(name, (Shard(dim),), (5,))
+
+
+def test_single_entries_of_stacks_that_are_sharded_within_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="projector='randk' has single entries"):
+        sharded("frugal-randk", (Shard(1),), (2,))
 
 
 @pytest.mark.parametrize("dim", [1, 2])
 def test_experts_dealt_out_and_sharded(dim: int) -> None:
     sharded("fira", (Shard(0), Shard(dim)), (2, 2))
     sharded("galore", (Replicate(), Shard(dim)), (2, 2))
+
+
+@pytest.mark.parametrize("name", ["galore-lazy", "flora", "frugal-free"])
+def test_counters_that_are_copied_to_the_host_are_written_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU those of a sharded stack lie there with the rest of its state; here every copy is another tensor."""
+    dense = nn.Parameter(start())
+    optimizer = build(name, [dense], stacked=True)
+    train(optimizer, dense, range(STEPS))
+    expected = {key: value for key, value in optimizer.state[dense].items() if value.ndim == 1}
+    monkeypatch.setattr(Tensor, "cpu", Tensor.clone)
+
+    def body() -> bool:
+        mesh = init_device_mesh("cpu", (2,))
+
+        def place(tensor: Tensor) -> Tensor:
+            return distribute_tensor(tensor.clone(), mesh, [Shard(0)])
+
+        param = nn.Parameter(place(start()))
+        sharded = build(name, [param], stacked=True)
+        train(sharded, param, range(STEPS), place)
+        return all(torch.equal(sharded.state[param][key].full_tensor(), value) for key, value in expected.items())
+
+    assert all(in_world(2, body))
 
 
 def test_a_checkpoint_moves_between_worlds() -> None:

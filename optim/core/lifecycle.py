@@ -222,7 +222,7 @@ class Lifecycle(Groups):
         for param in plan.params:
             held, pieces = self._pieces.get(param, ({}, {}))
             for name, piece in pieces.items():
-                if piece.device != held[name].device:
+                if piece.data_ptr() != local(held[name]).data_ptr():
                     local(held[name]).copy_(piece)
 
     def _given(self) -> bool:
