@@ -21,7 +21,8 @@ class GaLore(SubspaceOptimizer):
 
     Args:
         params: Parameters, groups or (name, parameter) pairs. Options below may be given by group; `alpha`,
-            `update_gap`, `projection_type` and `density` (rank as a share of the smaller side) are accepted there.
+            `update_gap`, `projection_type` and `density` (rank as a share of the smaller side) are accepted there, and
+            `stacked=True` for stacks of experts (experts, m, n), every matrix of which is projected by itself.
         lr: Learning rate, a number or a 1-element tensor. Projected matrices move by `lr * scale`.
         betas: Decay rates of the moments. Lion uses both, momentum SGD, RMSprop and Adafactor the first as
             momentum.

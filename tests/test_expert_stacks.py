@@ -25,6 +25,7 @@ from lowmem.optim import (
     matched,
     param_groups,
 )
+from lowmem.optim.plan import plan
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
@@ -151,6 +152,18 @@ def test_state_is_what_the_summary_and_the_formula_say() -> None:
         "exp_avg_sq": (8, 64, 4),
     }
     assert sum(value.nbytes for value in held.values() if value.ndim > 1) == optimizer.summary().state_bytes
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_plan_of_a_stack_is_that_of_its_matrices(device: str) -> None:
+    """Mixtral's experts, 8 x (28672, 4096), without data: state and what a step allocates."""
+    experts = nn.Parameter(torch.empty(8, 28672, 4096, device="meta", dtype=torch.bfloat16))
+    matrices = [nn.Parameter(torch.empty_like(matrix)) for matrix in experts.detach()]
+    stacked = plan(GaLore([{"params": [experts], "rank": 1024, "stacked": True}]), device)
+    apart = plan(GaLore([{"params": matrices, "rank": 1024}]), device)
+    assert stacked.bases == 8 * 4096 * 1024 * 2
+    assert stacked.moments == 8 * 2 * 28672 * 1024 * 4
+    assert (stacked.state, stacked.step) == (apart.state, apart.step)
 
 
 @pytest.mark.parametrize("name", ["galore-lazy", "fira", "flora", "online"])
