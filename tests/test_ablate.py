@@ -454,6 +454,7 @@ def lowmem(monkeypatch, *words):
     return end.value.code
 
 
+@pytest.mark.slow
 def test_the_command_runs_processes_side_by_side_and_reports_what_is_there(small, monkeypatch, capsys):
     Path("lab.yaml").write_text("title: Two\nshared: {steps: 3}\ngrid: [{optimizer: adamw, lr: [1e-2, 1e38]}]\n")
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in small.items()]

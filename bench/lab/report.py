@@ -36,7 +36,7 @@ def report(lab: Lab, trials: Sequence[Trial], outcomes: Sequence[Outcome], out: 
     table = Console(width=None if console.is_terminal else TABLE_WIDTH)
     if lines:
         write_picture(out / "ablate.png", figures)
-        table.print(terminal_table(COLUMNS, lines))
+        table.print(terminal_table(columns(figures), lines))
     table.print(f"report: {out / 'ablate.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -44,6 +44,11 @@ def json_text(figures: Record) -> str:
     """Return JSON with every list of numbers on a line of its own."""
     text = json.dumps(figures, indent=2, allow_nan=False)
     return re.sub(r"\[\n([-+.\de,\s]+)\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+
+
+def columns(figures: Record) -> list[str]:
+    """Return the heads of the table; a paper's column stands where there is a paper."""
+    return [name for name in COLUMNS if name != "paper" or figures["paper"]]
 
 
 def cells(figures: Record) -> list[tuple[str, ...]]:
@@ -57,7 +62,7 @@ def cells(figures: Record) -> list[tuple[str, ...]]:
             decimal(row["state_bytes"]),
             loss_text(row),
             f"{perplexity(row[f'{kind}_loss']):.2f}",
-            f"{row['paper']:.2f}" if row["paper"] else "-",
+            *([f"{row['paper']:.2f}" if row["paper"] else "-"] if figures["paper"] else []),
             f"{1e3 * row['optimizer_s']:.1f} ms",
             f"{1e3 * row['step_s']:.1f} ms",
         )
@@ -85,8 +90,9 @@ def summary(figures: Record, lines: Sequence[Sequence[str]]) -> str:
     parts = [f"# {figures['title']}\n", f"`{figures['command']}`\n" if figures["command"] else ""]
     parts.append(f"{shared}; {len(figures['rows'])} points, {seeds} {'seeds' if seeds > 1 else 'seed'}; {devices}.\n")
     if lines:
-        parts.append("The best learning rate of every series; mean and sample deviation over the seeds:\n")
-        parts.append(markdown_table(COLUMNS, lines))
+        over = "; mean and sample deviation over the seeds" if seeds > 1 else ""
+        parts.append(f"The best learning rate of every series{over}:\n")
+        parts.append(markdown_table(columns(figures), lines))
         parts.append(edge_text(figures))
     if figures["paper"]:
         parts.append(f"Paper: {figures['paper']['source']}, beside our {figures['paper']['loss']} perplexity.\n")
@@ -95,5 +101,5 @@ def summary(figures: Record, lines: Sequence[Sequence[str]]) -> str:
         if runs:
             more = f"; and {len(runs) - LISTED} more" if len(runs) > LISTED else ""
             parts.append(f"{len(runs)} {kind}: {'; '.join(runs[:LISTED])}{more}.\n")
-    parts += [f"- {note}\n" for note in figures["notes"]]
+    parts.append("".join(f"- {note}\n" for note in figures["notes"]))
     return "\n".join(part for part in parts if part)
