@@ -28,7 +28,8 @@ from lowmem.optim import (
 from lowmem.optim.plan import plan
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from tests.helpers import randn
 from tests.test_sharding import in_world
@@ -250,6 +251,38 @@ def test_worlds_that_leave_uneven_and_no_experts(world: int) -> None:
 @pytest.mark.parametrize("dim", [1, 2])
 def test_stacks_sharded_within_their_matrices_train_as_the_dense_one(name: str, dim: int) -> None:
     sharded(name, (Shard(dim),), (5,))
+
+
+@pytest.mark.parametrize("count", [8, 5])
+def test_expert_parallelism_under_fsdp(count: int) -> None:
+    """Experts are dealt out by expert parallelism first and cut again by FSDP2, as its strided shards say."""
+    shape = (count, M, N)
+    dense = nn.Parameter(start(shape=shape))
+    options = {"projector": "random", "update_proj_gap": 2}
+    optimizer = GaLore([{"params": [dense], **RANK, "stacked": True}], **options)
+    for step in range(4):
+        dense.grad = gradient(step, shape=shape)
+        optimizer.step()
+
+    def body() -> bool:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "ep"))
+        fsdp, expert = mesh.get_coordinate()
+        placements = [_StridedShard(0, split_factor=2), Shard(0)]
+
+        def place(tensor: Tensor) -> Tensor:
+            piece = tensor.chunk(2)[expert].chunk(2)[fsdp].clone()
+            return DTensor.from_local(
+                piece, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+            )
+
+        param = nn.Parameter(place(start(shape=shape)))
+        sharded = GaLore([{"params": [param], **RANK, "stacked": True}], **options)
+        for step in range(4):
+            param.grad = place(gradient(step, shape=shape))
+            sharded.step()
+        return torch.equal(param.to_local(), place(dense.detach()).to_local())
+
+    assert all(in_world(4, body))
 
 
 def test_single_entries_of_stacks_that_are_sharded_within_are_refused() -> None:
