@@ -97,16 +97,14 @@ def ablate(
     from .ablate import ablate as run
 
     folder = out or Path("runs") / (file.stem if file else preset or "ablate")
-    settings = Settings(
-        folder, jobs, executor, save_every, prune, not report_only, shlex.join(["lowmem", *sys.argv[1:]])
-    )
+    command = shlex.join(["lowmem", *sys.argv[1:]])
+    settings = Settings(folder, jobs, executor, save_every, prune=prune, run=not report_only, command=command)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as schedulers of clusters end a job
     try:
         run(lab, settings)
     except KeyboardInterrupt:
-        raise Interrupted(
-            "interrupted; the same command goes on, from checkpoints where --save-every made some"
-        ) from None
+        said = "interrupted; the same command goes on, from checkpoints where --save-every made some"
+        raise Interrupted(said) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
