@@ -170,10 +170,8 @@ class Groups(Optimizer):
         for plan in plans:
             group = self.param_groups[plan.group]
             for param in plan.params:
-                described = self._state_of(param, plan.view, plan.group)
-                found[param] = {
-                    name: spec._replace(meaning=meaning(name, plan.view, group)) for name, spec in described.items()
-                }
+                own = self._state_of(param, plan.view, plan.group)
+                found[param] = {name: spec._replace(meaning=meaning(name, plan.view, group)) for name, spec in own.items()}
         return found
 
     def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
