@@ -171,7 +171,7 @@ class Groups(Optimizer):
             group = self.param_groups[plan.group]
             for param in plan.params:
                 own = self._state_of(param, plan.view, plan.group)
-                found[param] = {name: spec._replace(meaning=meaning(name, plan.view, group)) for name, spec in own.items()}
+                found[param] = {key: spec._replace(meaning=meaning(key, plan.view, group)) for key, spec in own.items()}
         return found
 
     def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
