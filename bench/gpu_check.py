@@ -135,10 +135,12 @@ def _times(bench: Bench, figures: Figures) -> None:
 
 def _steps(bench: Bench, figures: Figures) -> None:
     from .gpu_steps import measure
+    from .gpu_targets import targets
 
     figures["steps"] = []
     for row in measure(bench):
         _note(figures, "steps", row, f"{row['optimizer']} {row['model']}")
+    figures["targets"] = list(targets(figures["steps"]))
 
 
 def _note(figures: Figures, part: str, row: Figures, name: str) -> None:

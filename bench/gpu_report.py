@@ -18,6 +18,7 @@ def rows(figures: dict[str, Any]) -> list[Row]:
         *_correct(figures.get("correctness", [])),
         *map(_time, figures.get("times", [])),
         *map(_step, figures.get("steps", [])),
+        *map(_target, figures.get("targets", [])),
         *_train(figures.get("train")),
     ]
 
@@ -88,6 +89,13 @@ def _step(row: dict[str, Any]) -> Row:
     refresh = f"{row['refresh_ms']:,.1f}" if row.get("refresh_ms") else "-"
     result = f"{row['layers_ms']:,.2f} layers + {row['rest_ms']:,.2f} rest, state {row['state_bytes'] / 1e9:,.2f} GB"
     return ("step", what, *_numbers(row), refresh, result)
+
+
+def _target(record: dict[str, Any]) -> Row:
+    what = f"{record['ours']}, {record['model']}: at most {record['most']:g}x {record['theirs']}"
+    if "missing" in record:
+        return ("target", what, "", "", "", "", record["missing"])
+    return ("target", what, "", "", "", "", f"{record['ratio']:.3f}x: {'met' if record['met'] else 'NOT MET'}")
 
 
 def _numbers(row: dict[str, Any]) -> Row:

@@ -14,6 +14,7 @@ from lowmem.bench.errors import UserError
 from lowmem.bench.gpu_compare import codes, equal, relative, written
 from lowmem.bench.gpu_device import Bench, Budget
 from lowmem.bench.gpu_report import COLUMNS, markdown, rows
+from lowmem.bench.gpu_targets import targets
 from lowmem.kernels import reference
 from lowmem.kernels.blockwise import Blocks
 from lowmem.kernels.rounding import Target
@@ -180,3 +181,21 @@ def test_kernels_that_a_version_lacks_are_none(monkeypatch: pytest.MonkeyPatch) 
     assert find("adam") is None
     assert find("project") is None
     assert find("basis") is not None
+
+
+def test_targets_compare_steps_with_their_refreshes_counted_in() -> None:
+    def row(optimizer: str, model: str, ms: float, refresh: float | None = None) -> dict[str, Any]:
+        return {"optimizer": optimizer, "model": model, "ms": ms, "refresh_ms": refresh}
+
+    rows = [row("GaLore fp32", "1b", 9.0, 109.0), row("torch AdamW fused", "1b", 9.5), row("GaLore fp32", "7b", 9.0)]
+    rows += [row("galore-torch", "1b", 10.0, 20010.0), row("torch AdamW fused", "7b", 8.0)]
+    first, second, third, fourth = targets(rows)
+    assert (first["ratio"], first["met"]) == (pytest.approx(9.5 / 9.5), True)
+    assert (second["ratio"], second["met"]) == (pytest.approx(9.5 / 110.0), True)
+    assert (third["ratio"], third["met"]) == (pytest.approx(9.0 / 8.0), False)
+    assert fourth["missing"] == "no time of galore-torch"
+    text = markdown(
+        {"targets": [first, third, fourth], "versions": {}, "device": "", "seconds": 0, "interpreted": False}
+    )
+    assert "1.000x: met" in text
+    assert "1.125x: NOT MET" in text
