@@ -17,7 +17,8 @@ PACKAGES = {
 LAB = ["report.html", "report.css", "charts.js", "plots.js", "report.js", "presets/*.yaml"]
 BENCH = ["transformers>=4.45", "datasets>=2.20", "safetensors", "typer>=0.12", "rich", "matplotlib", "pyyaml"]
 TRITON = ["triton>=3.1; platform_system == 'Linux'"]
-TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "expecttest", "accelerate", "lightning", "sybil>=10", "pdoc>=16"]
+TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "expecttest", "accelerate", "lightning"]
+TEST += ["sybil>=10", "pdoc>=16", "selenium>=4"]
 
 setup(
     name="lowmem",
