@@ -138,7 +138,7 @@ def place(model: nn.Module, mesh: Any, world: World) -> None:
     for module in model.modules():
         for name, param in module._parameters.items():
             if param is not None and id(param) not in made:
-                sharding = Sharding(mesh, world.placements(param), tuple(param.shape))
+                sharding = Sharding(mesh, world.placements(param), tuple(param.shape), param.device)
                 piece = sharding.zeros(sharding.shape, param.dtype, sharding.placements)
                 made[id(param)] = nn.Parameter(piece, requires_grad=param.requires_grad)
             if param is not None:

@@ -169,8 +169,6 @@ class Adafactor(Lifecycle):
         preset |= {"relative_step": relative_step, "scale_parameter": scale_parameter, "warmup_init": warmup_init}
         return cls(params, lr, **preset | options)
 
-    shards = True
-
     def plain(self, b: Bucket) -> None:
         """One step of Adafactor, parameter by parameter."""
         torch._foreach_add_([held["step"] for held in b.states], 1)

@@ -38,8 +38,6 @@ class AdamW8bit(SubspaceOptimizer):
         ValueError: An option is out of range.
     """
 
-    shards = True
-
     def __init__(
         self,
         params: ParamsT,

@@ -74,8 +74,6 @@ class Apollo(SubspaceOptimizer):
     refresh, so that resumed runs and other devices have the same bases.
     """
 
-    shards = True
-
     def __init__(
         self,
         params: ParamsT,

@@ -56,8 +56,6 @@ class Fira(SubspaceOptimizer):
     a factor of the learning rate.
     """
 
-    shards = True
-
     def __init__(
         self,
         params: ParamsT,

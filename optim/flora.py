@@ -125,8 +125,6 @@ class Flora(Lifecycle):
         storage |= {"weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, step | update | subspace | storage)
 
-    shards = True
-
     def update(self, b: Bucket) -> None:
         """One step of Flora on a bucket of same-shape matrices."""
         o, layout = self._hyper(self.param_groups[b.plan.group]), b.layout

@@ -66,8 +66,6 @@ class Frugal(SubspaceOptimizer):
     "rotate" is the paper's re-projection, which that code leaves out.
     """
 
-    shards = True
-
     def __init__(
         self,
         params: ParamsT,

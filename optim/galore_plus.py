@@ -67,8 +67,6 @@ class GaLorePlus(SubspaceOptimizer):
     takes up at S what the low-rank one loses, its second moment stays. So do the values of density and warm-up.
     """
 
-    shards = True
-
     def __init__(
         self,
         params: ParamsT,

@@ -53,8 +53,6 @@ class OnlineSubspaceDescent(SubspaceOptimizer):
     move it, since there its gradient is rounding noise that the rules would blow up.
     """
 
-    shards = True
-
     def __init__(
         self,
         params: ParamsT,

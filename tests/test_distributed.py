@@ -61,7 +61,6 @@ class TestTraining:
         assert devices == {"cpu"}
         assert distance(found, dense(name)) < 1e-8
 
-    @pytest.mark.xfail(reason="state is allocated on the device of the mesh", strict=True)
     @pytest.mark.parametrize("name", ["galore", "fira", "adafactor"])
     def test_offloaded_from_the_device_of_the_mesh(self, name: str) -> None:
         """Offloaded shards of a GPU's mesh: steps, their sums and all state stay on the CPU."""

@@ -32,12 +32,8 @@ LAYOUTS = {
     "TP of 2": Layout(2, "tp"),
     "FSDP2 x TP 2 x 2": Layout(4, "fsdp tp"),
 }
-LATER = {
-    "galore track",  # where ranks have no row of a matrix, a maximum over pieces of several dtypes
-}
-"""Methods that do not run in all of them yet."""
 CODED = [name for name in work.METHODS if "8bit" in name]
-EXACT = [name for name in work.METHODS if name not in CODED and name not in LATER]
+EXACT = [name for name in work.METHODS if name not in CODED]
 WORLDS: dict[int, World] = {}
 
 

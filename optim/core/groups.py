@@ -44,9 +44,6 @@ class Groups(Optimizer):
         ValueError: An option is out of range, unknown but close to a known one, or contradicts another.
     """
 
-    shards: bool = False
-    """Parameters may be sharded over devices."""
-
     replicas: ProcessGroup | None = None
     """Processes that hold the same parameters, as under DistributedDataParallel, and share the search for bases."""
 
@@ -149,7 +146,7 @@ class Groups(Optimizer):
                 for param in group["params"]:
                     self._admit(param, group)
             plans = make_plans(self.param_groups, self._sees, self.replicas)
-            check_sharded(plans, self.param_groups, type(self).__name__ if not self.shards else None)
+            check_sharded(plans, self.param_groups)
             described = self._described(plans)
             reconcile(self.state, described, self._settled, {p: plan.layout for plan in plans for p in plan.params})
             self._plans, self._plans_key, self._settled, self._pieces = plans, key, described, {}

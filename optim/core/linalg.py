@@ -32,8 +32,10 @@ def orthonormal(columns: Tensor, layout: Layout = ALONE, first: int = 0) -> Tens
     """
     if columns.device.type != "cpu" or layout.cols:
         return cholesky_qr(columns, layout, first)
-    factor: Tensor = torch.linalg.qr(columns)[0]
-    return factor.contiguous()
+    factor, upper = torch.linalg.qr(columns)
+    signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(factor.dtype)  # those of Cholesky factors
+    found: Tensor = (factor * signs).contiguous()
+    return found
 
 
 def cholesky_qr(columns: Tensor, layout: Layout = ALONE, first: int = 0) -> Tensor:

@@ -61,7 +61,7 @@ def _deal(b: Bucket, due: list[tuple[int, Tensor]]) -> None:
 
 def _largest(grad: Tensor) -> Tensor:
     if not grad.numel():  # an empty piece
-        return torch.zeros((), device=grad.device)
+        return grad.new_zeros(())
     low, high = torch.aminmax(grad)  # an order of magnitude faster than the maximum norm
     largest = torch.maximum(-low, high)
     return torch.where(largest.isnan(), torch.inf, largest)  # which survives the maximum over pieces

@@ -15,13 +15,12 @@ from .projector import PROJECTORS
 from .view import MatrixView
 
 
-def check_sharded(plans: Iterable[Plan], groups: Sequence[dict[str, Any]], stranger: str | None) -> None:
+def check_sharded(plans: Iterable[Plan], groups: Sequence[dict[str, Any]]) -> None:
     """Refuse sharded parameters whose group asks for what needs more of them than the sums of their layout.
 
     Args:
         plans: All buckets.
         groups: The parameter groups.
-        stranger: Name of an optimizer that steps no sharded parameters at all.
 
     Raises:
         NotImplementedError: A group does.
@@ -29,11 +28,6 @@ def check_sharded(plans: Iterable[Plan], groups: Sequence[dict[str, Any]], stran
     for plan in plans:
         if plan.layout.alone:
             continue
-        if stranger:
-            raise NotImplementedError(
-                f"got sharded parameters (DTensor), which {stranger} does not step yet: train with "
-                "torch.nn.parallel.DistributedDataParallel(model), or use GaLore, Fira or OnlineSubspaceDescent"
-            )
         for param in plan.params:
             reason = _reason(param, groups[plan.group], plan.view, plan.layout)
             if reason:

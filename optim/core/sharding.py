@@ -38,11 +38,13 @@ class Sharding:
         mesh: The device mesh.
         placements: One a mesh dimension.
         shape: Global shape of the parameter.
+        device: Where pieces lie: not on the device of the mesh if they are offloaded to the CPU.
     """
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
     shape: tuple[int, ...]
+    device: torch.device
 
     @classmethod
     def of(cls, param: Tensor) -> Sharding | None:
@@ -73,7 +75,7 @@ class Sharding:
                 f"got a {tuple(param.shape)} parameter whose second dimension is cut into {parts} pieces of unequal "
                 "size: shard the first one, Shard(0)"
             )
-        return cls(param.device_mesh, tuple(param.placements), tuple(param.shape))
+        return cls(param.device_mesh, tuple(param.placements), tuple(param.shape), param.device)
 
     def groups(self, dim: int) -> tuple[Any, ...]:
         """Process groups over which a dimension is sharded."""
@@ -135,15 +137,20 @@ class Sharding:
     def wrap(self, local: Tensor, shape: tuple[int, ...], placements: tuple[Placement, ...]) -> DTensor:
         """Make a DTensor of a local piece, whose global shape uneven pieces do not tell."""
         from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+        size, stride = torch.Size(shape), torch.empty(shape, device="meta").stride()
+        if local.device.type == self.mesh.device_type:
+            return DTensor.from_local(local, self.mesh, placements, run_check=False, shape=size, stride=stride)
+        # Offloaded: `from_local` would move the piece to the device of the mesh.
+        spec = DTensorSpec(self.mesh, placements, tensor_meta=TensorMeta(size, stride, local.dtype))
+        made: DTensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+        return made
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, placements: tuple[Placement, ...]) -> DTensor:
         """Zeros of a global shape, of which this rank allocates its piece."""
         local, _ = self._cut(shape, placements)
-        device = torch.device(self.mesh.device_type)
-        return self.wrap(torch.zeros(local, dtype=dtype, device=device), shape, placements)
+        return self.wrap(torch.zeros(local, dtype=dtype, device=self.device), shape, placements)
 
     def adopt(self, value: Tensor, placements: tuple[Placement, ...]) -> DTensor:
         """Place a whole tensor, of which this rank keeps its piece, or one that lies elsewhere: that is gathered."""
@@ -153,7 +160,7 @@ class Sharding:
             value = value.full_tensor()
         local, offset = self._cut(tuple(value.shape), placements)
         piece = value[tuple(slice(first, first + size) for first, size in zip(offset, local, strict=True))]
-        return self.wrap(piece.to(self.mesh.device_type), tuple(value.shape), placements)
+        return self.wrap(piece.to(self.device), tuple(value.shape), placements)
 
 
 def shard_dim(placement: Placement) -> int | None:

@@ -51,8 +51,8 @@ class Stacked(Sharding):
                 f"got a {tuple(param.shape)} parameter with placements {param.placements}, need Shard or Replicate()"
             )
         placements = tuple(map(_of_matrix, param.placements))
-        whole = Sharding(param.device_mesh, tuple(param.placements), tuple(param.shape))
-        return cls(param.device_mesh, placements, tuple(param.shape[1:]), whole)
+        whole = Sharding(param.device_mesh, tuple(param.placements), tuple(param.shape), param.device)
+        return cls(param.device_mesh, placements, tuple(param.shape[1:]), param.device, whole)
 
     @property
     def own(self) -> tuple[Placement, ...]:
