@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..kernels import EVERYWHERE
-from ..kernels.rounding import ROUNDINGS
+from ..kernels.rounding import ROUNDINGS, Target
+from ..kernels.tiles import tiles
 from .core import codec, factored
-from .core.adafactor import Options, check_update, precondition, specs, step_size
+from .core.adafactor import Options, check_update, precondition, specs, step_size, whitened
 from .core.apply import move_
 from .core.bucket import Bucket
 from .core.hyper import scalar
+from .core.layout import Layout
 from .core.lifecycle import Lifecycle
 from .core.spec import Spec
 from .core.target import writing
@@ -178,26 +180,18 @@ class Adafactor(Lifecycle):
 
     @staticmethod
     def _step_one(b: Bucket, index: int, o: Options) -> None:
-        param, held, work = b.params[index], b.states[index], b.dtype
-        grad = -b.grads[index] if o.maximize else b.grads[index]
-        t = int(held["step"])
+        param, held = b.params[index], b.states[index]
+        t, eps1 = int(held["step"]), o.eps1(param.dtype)
         alpha = step_size(param, t, o, b.layout)  # alpha_t = max(eps2, rms(X)) rho_t
-        update = precondition(grad.to(work), held, t, o, o.eps1(param.dtype), b.layout)  # U_t = G / sqrt(V_t)
-        factored.clip_(update, o.clip_threshold, b.layout)  # U_t / max(1, rms(U_t) / d)
-        if o.momentum_on == "scaled_update":
-            update.mul_(alpha)
-        if o.beta1 is not None:
-            moment = codec.load(held, "exp_avg", o.state_dtype, work).lerp_(update, 1 - o.beta1)
-            if moment is held["exp_avg"]:
-                update = moment.clone()
-            else:
-                codec.store(held, "exp_avg", moment, o.state_dtype)
-                update = moment
-        if o.momentum_on == "update":
-            update.mul_(alpha)
         rate = {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by]
+        decay = 1 - o.weight_decay * rate if o.weight_decay else 1.0
+        white = whitened(b.grads[index], held, t, o, eps1, b.layout)  # U_t = G / sqrt(V_t)
+        update = None if white else _update(b, index, t, o, alpha)
         for target in writing(param, held, o, b.positions[index], box=b.layout.box):
-            move_(target, codec.matrix(update), 1 - o.weight_decay * rate if o.weight_decay else 1.0)
+            if white:
+                _move_in_tiles(target, white, o, alpha, decay, b.layout)
+            elif update is not None:
+                move_(target, codec.matrix(update), decay)
 
     def _validate(self, group: dict[str, Any]) -> None:
         check_choices(group, CHOICES)
@@ -222,3 +216,33 @@ class Adafactor(Lifecycle):
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         return specs(param, self._hyper(group))
+
+
+def _move_in_tiles(
+    target: Target, white: factored.Whitened, o: Options, alpha: float | Tensor, decay: float | Tensor, layout: Layout
+) -> None:
+    """`W <- decay W - alpha U / max(1, rms(U) / d)` without a temporary of the weight's size."""
+    size = -alpha if o.maximize else alpha
+    if o.clip_threshold is not None:
+        size = size / factored.clip_factor(white.rms(layout), o.clip_threshold)
+    for rows, cols in tiles(target.weight):
+        move_(target.part(rows, cols), white.part(rows, cols).mul_(size), decay)
+
+
+def _update(b: Bucket, index: int, t: int, o: Options, alpha: float | Tensor) -> Tensor:
+    """alpha_t times the clipped U_t or its momentum, as a whole."""
+    held, work = b.states[index], b.dtype
+    grad = -b.grads[index] if o.maximize else b.grads[index]
+    eps1 = o.eps1(b.params[index].dtype)
+    update = precondition(grad.to(work), held, t, o, eps1, b.layout)  # U_t = G / sqrt(V_t)
+    factored.clip_(update, o.clip_threshold, b.layout)  # U_t / max(1, rms(U_t) / d)
+    if o.momentum_on == "scaled_update":
+        update.mul_(alpha)
+    if o.beta1 is not None:
+        moment = codec.load(held, "exp_avg", o.state_dtype, work).lerp_(update, 1 - o.beta1)
+        if moment is held["exp_avg"]:
+            update = moment.clone()
+        else:
+            codec.store(held, "exp_avg", moment, o.state_dtype)
+            update = moment
+    return update.mul_(alpha) if o.momentum_on == "update" else update

@@ -198,5 +198,17 @@ def enable_gradient_release(
             raise ValueError(
                 "got replicas= and sharded parameters, whose gradients are averaged already: drop replicas="
             )
+        _check_stepped(model, optimizer)
         check_replicas(optimizer, replicas)
     return GradientRelease(model, optimizer, accumulation_steps, clip, replicas)
+
+
+def _check_stepped(model: nn.Module, optimizer: Lifecycle) -> None:
+    """Refuse parameters whose gradients nobody would average."""
+    stepped = {param for group in optimizer.param_groups for param in group["params"]}
+    for name, param in model.named_parameters():
+        if param.requires_grad and param not in stepped:
+            raise ValueError(
+                f"got replicas= and a parameter {name!r} that is not in the optimizer, whose gradient would not be "
+                "averaged: add it to a group, or freeze it, param.requires_grad_(False)"
+            )

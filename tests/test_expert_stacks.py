@@ -396,3 +396,25 @@ def test_experts_of_transformers_are_recognised_and_train() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("build", [GaLore, Fira, Adafactor], ids=lambda cls: cls.__name__)
+def test_a_stack_without_experts_is_stepped_beside_others(build: Any) -> None:
+    params = [nn.Parameter(torch.ones(size, 12, 8)) for size in (0, 2)]
+    options = {} if build is Adafactor else {"rank": 3}
+    optimizer = build([{"params": params, "stacked": True, **options}], lr=1e-2)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert not torch.equal(params[1], torch.ones(2, 12, 8))
+
+
+def test_gradients_beside_a_plain_stack_are_accumulated() -> None:
+    matrix, stack = nn.Parameter(torch.ones(12, 8)), nn.Parameter(torch.ones(2, 12, 8))
+    groups = [{"params": [stack], "rank": None, "stacked": True}, {"params": [matrix], "rank": 3}]
+    accumulator = SubspaceAccumulator(GaLore(groups, lr=1e-2))
+    for param in (matrix, stack):
+        param.grad = torch.ones_like(param)
+    accumulator.accumulate()
+    accumulator.step()
+    assert float(stack.detach().max()) < 1

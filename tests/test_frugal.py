@@ -921,3 +921,9 @@ def test_the_reference_of_one_matrix_is_ours_at_every_density() -> None:
                 weight, params[0].grad, state, lr=1e-2, density=density, weight_decay=0.1, gap=3, select="dense"
             )
         torch.testing.assert_close(params[0].detach(), weight, rtol=1e-9, atol=1e-9)
+
+
+def test_entries_that_four_bytes_do_not_number_are_refused() -> None:
+    weight = Parameter(torch.empty(1 << 16, 1 << 15, device="meta"))
+    with pytest.raises(ValueError, match=r"2147483648 coordinates .* choose projector='columns'"):
+        Frugal([weight], density=0.01, projector="randk").summary()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -455,3 +455,10 @@ def test_weights_in_fp32_are_saved_from_bf16_with_corrections() -> None:
         assert torch.equal(value.bfloat16(), model.state_dict()[name])
     assert any((value != value.bfloat16().float()).any() for value in saved.values())
     Net(tied=True).load_state_dict(saved)
+
+
+def test_copies_of_parameters_that_nobody_would_average_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    optimizer = GaLore(model[0].parameters(), rank=2)
+    with pytest.raises(ValueError, match=r"a parameter '1\.weight' that is not in the optimizer"):
+        enable_gradient_release(model, optimizer, replicas=cast(Any, "any group"))

@@ -163,7 +163,7 @@ class Random:
 def _reason(optimizer: Lifecycle, group: dict[str, Any]) -> str | None:
     """Why A P is not all that the update of a group takes from a gradient between two refreshes."""
     projector, residual = group.get("projector"), group.get("residual")
-    if group.get("stacked"):
+    if group.get("stacked") and (group.get("rank") is not None or group.get("density") is not None):
         return "has stacks of matrices, which refresh their bases one by one"
     if not optimizer.linear_between_refreshes:
         return "uses whole gradients in every step"

@@ -93,6 +93,15 @@ def precondition(grad: Tensor, held: State, t: int, o: Options, eps1: float, lay
     return update.permute([order.index(d) for d in range(len(order))])
 
 
+def whitened(grad: Tensor, held: State, t: int, o: Options, eps1: float, layout: Layout) -> factored.Whitened | None:
+    """Update R and C with G (m, n); None where U cannot be made tile by tile, and then nothing has happened."""
+    if grad.ndim != 2 or "exp_avg_sq" in held or o.eps_mode == "floor" or o.beta1 is not None:
+        return None
+    stats = held["exp_avg_sq_row"], held["exp_avg_sq_col"]
+    factored.accumulate(grad, stats, 1.0 - factored.beta2(t, o.beta2_decay), eps1, o.backend, layout)
+    return factored.Whitened(grad, *factored.whitening(*stats, layout))
+
+
 def specs(param: Tensor, o: Options) -> dict[str, Spec]:
     """Describe the state of a parameter."""
     shape, order = tuple(param.shape), o.dims(tuple(param.shape))

@@ -52,7 +52,7 @@ class Plan:
 
     def split(self) -> Iterator[Plan]:
         """Cut into buckets whose low-rank buffers stay in the cache of a CPU, or small in the memory of a GPU."""
-        size = max(1, self.most // max(map(len, self.positions), default=1))
+        size = max(1, self.most // max(1, *map(len, self.positions)))
         for start in range(0, len(self.params), size):
             yield self._part(slice(start, start + size))
 

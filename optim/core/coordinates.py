@@ -29,7 +29,16 @@ class Index(Basis):
     counted = True
 
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
-        """`r` integers of 4 bytes."""
+        """`r` integers of 4 bytes.
+
+        Raises:
+            ValueError: A coordinate may not fit into 4 bytes.
+        """
+        if view.b > torch.iinfo(torch.int32).max:
+            raise ValueError(
+                f"got a {tuple(param.shape)} parameter with {view.b} coordinates to choose from, which 4-byte indices "
+                "do not number: choose projector='columns'"
+            )
         return {"basis": Spec((view.rank,), torch.int32, param.device)}
 
     def arbitrary(self, view: MatrixView, seed: int, device: torch.device) -> Bases:

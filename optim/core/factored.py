@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...kernels import pick
+from ...kernels.tiles import tiles
 from .layout import ALONE, Layout
 
 
@@ -52,10 +54,39 @@ def mean(row: Tensor, layout: Layout = ALONE) -> Tensor:
     return layout.sum_rows(row.sum(-1, keepdim=True)) / layout.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Whitened:
+    """`U = G / sqrt(V)` of one matrix, made tile by tile: rows and columns of G times factors, `V = R C^T / mean(R)`.
+
+    Args:
+        grad: G (m, n), in its own dtype.
+        left: `sqrt(mean(R) / R)` (m, 1).
+        right: `1 / sqrt(C)` (1, n).
+    """
+
+    grad: Tensor
+    left: Tensor
+    right: Tensor
+
+    def part(self, rows: slice, cols: slice) -> Tensor:
+        """Some rows and columns, in the working dtype."""
+        return (self.grad[rows, cols].to(self.left.dtype) * self.left[rows]).mul_(self.right[:, cols])
+
+    def rms(self, layout: Layout = ALONE) -> Tensor:
+        """Root mean square of the whole, a 0-d tensor."""
+        squares = [torch.linalg.vector_norm(self.part(*tile)).square_() for tile in tiles(self.grad)]
+        total = torch.stack(squares).sum() if squares else self.left.new_zeros(())
+        return _mean_root(total, self.grad, layout)
+
+
+def whitening(row: Tensor, col: Tensor, layout: Layout = ALONE) -> tuple[Tensor, Tensor]:
+    """The factors (..., m, 1) and (..., 1, n) of `1 / sqrt(V)`, in the split form that does not overflow."""
+    return (row / mean(row, layout)).rsqrt_().unsqueeze(-1), col.rsqrt().unsqueeze(-2)
+
+
 def precondition(grad: Tensor, row: Tensor, col: Tensor, layout: Layout = ALONE) -> Tensor:
-    """`U = G / sqrt(V)` with `V = R C^T / mean(R)`, in the split form that does not overflow."""
-    left = (row / mean(row, layout)).rsqrt_().unsqueeze(-1)  # (..., m, 1)
-    right = col.rsqrt().unsqueeze(-2)  # (..., 1, n)
+    """`U = G / sqrt(V)` with `V = R C^T / mean(R)`."""
+    left, right = whitening(row, col, layout)
     return (grad * left).mul_(right)
 
 
@@ -71,20 +102,29 @@ def floor_variance(variance: Tensor, eps: float) -> Tensor:
     return variance.clamp_(min=max(eps * eps, torch.finfo(variance.dtype).tiny))
 
 
-def rms(tensor: Tensor, layout: Layout = ALONE) -> Tensor:
+def rms(tensor: Tensor, layout: Layout = ALONE, dtype: torch.dtype | None = None) -> Tensor:
     """Root mean square of a whole tensor, a 0-d tensor; 0 for an empty one."""
-    norm: Tensor = torch.linalg.vector_norm(tensor)
+    return _mean_root(torch.linalg.vector_norm(tensor, dtype=dtype).square(), tensor, layout)
+
+
+def _mean_root(total: Tensor, piece: Tensor, layout: Layout) -> Tensor:
+    """`sqrt(sum / count)` of a whole, from the sum of this rank's piece."""
     if not layout.alone:
-        norm = layout.sum_all(norm.square()).sqrt()
-    count = tensor.numel() if layout.sharding is None else math.prod(layout.sharding.shape)
-    return norm / math.sqrt(max(count, 1))
+        total = layout.sum_all(total)
+    count = piece.numel() if layout.sharding is None else math.prod(layout.sharding.shape)
+    return total.sqrt() / math.sqrt(max(count, 1))
+
+
+def clip_factor(found: Tensor, threshold: float) -> Tensor:
+    """`max(1, rms(U) / d)`, what an update is divided by."""
+    return (found / threshold).clamp_(min=1.0)
 
 
 def clip_(update: Tensor, threshold: float | None, layout: Layout = ALONE) -> Tensor:
     """`U <- U / max(1, rms(U) / d)`, without a host synchronisation."""
     if threshold is None:
         return update
-    return update.div_((rms(update, layout) / threshold).clamp_(min=1.0))
+    return update.div_(clip_factor(rms(update, layout), threshold))
 
 
 def relative_step(t: int, cap: float | Tensor, *, warmup_init: bool = False) -> float | Tensor:
@@ -95,4 +135,4 @@ def relative_step(t: int, cap: float | Tensor, *, warmup_init: bool = False) -> 
 
 def parameter_scale(weight: Tensor, floor: float, dtype: torch.dtype, layout: Layout = ALONE) -> Tensor:
     """`max(eps2, rms(X))`, a 0-d tensor in the working dtype."""
-    return rms(weight.detach().to(dtype), layout).clamp_(min=floor)
+    return rms(weight.detach(), layout, dtype).clamp_(min=floor)

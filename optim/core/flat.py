@@ -101,7 +101,7 @@ class Single(Index):
 
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
         """`r` integers of 4 bytes."""
-        return {"basis": Spec((view.rank,), torch.int32, param.device, axis="entries")}
+        return {name: spec._replace(axis="entries") for name, spec in super().specs(param, view, hyper).items()}
 
     def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Change:
         """Which entries stay."""

@@ -142,7 +142,7 @@ class Lifecycle(Groups):
             self.release.discard()
 
     def skipped_refreshes(self) -> int:
-        """Count the refreshes skipped so far because a gradient was zero or not finite, over all matrices."""
+        """Count the refreshes skipped so far, over all matrices of this rank: a gradient was zero or not finite."""
         counts = (held.get("skipped_refreshes") for held in self.state.values())
         return sum(int(local(count).sum()) for count in counts if count is not None)
 

@@ -29,17 +29,18 @@ def check_sharded(plans: Iterable[Plan], groups: Sequence[dict[str, Any]]) -> No
         if plan.layout.alone:
             continue
         for param in plan.params:
-            reason = _reason(param, groups[plan.group], plan.view, plan.layout)
+            reason = _reason(param, groups[plan.group], plan)
             if reason:
                 raise NotImplementedError(f"got a sharded {tuple(param.shape)} parameter, and {reason}")
 
 
-def _reason(param: Tensor, group: Mapping[str, Any], view: MatrixView | None, layout: Layout) -> str | None:
+def _reason(param: Tensor, group: Mapping[str, Any], plan: Plan) -> str | None:
+    view, layout = plan.view, plan.layout
     whole = view is None or view.rank in (0, view.b)  # entry by entry
     reason = _cut(param, group, layout) if whole else None
     if param.ndim > 2 and group.get("factor_dims") == "largest2":
         return "factor_dims='largest2' may factor sharded dimensions in another order: pass factor_dims='last2'"
-    return reason or (None if view is None else _projected(group, view, layout))
+    return reason or (None if view is None else _projected(group, view, plan))
 
 
 def _cut(param: Tensor, group: Mapping[str, Any], layout: Layout) -> str | None:
@@ -52,25 +53,26 @@ def _cut(param: Tensor, group: Mapping[str, Any], layout: Layout) -> str | None:
     )
 
 
-def _projected(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> str | None:
+def _projected(group: Mapping[str, Any], view: MatrixView, plan: Plan) -> str | None:
     projector = PROJECTORS.get(group.get("projector", "sketch"))
     if view.rank in (0, view.b):  # all or nothing of it: entry by entry
         return None
     if projector is None:
         return f"projector={group.get('projector')!r} needs whole matrices: choose 'sketch', or 'columns'"
     if projector.side == "flat":
-        return _single(group, view, layout)
+        return _single(group, view, plan)
     return None
 
 
-def _single(group: Mapping[str, Any], view: MatrixView, layout: Layout) -> str | None:
+def _single(group: Mapping[str, Any], view: MatrixView, plan: Plan) -> str | None:
     """Entries as the subspace, dealt out over all that shards the weight: they have no rows."""
     name = str(group.get("state_dtype"))
     if form_of("exp_avg", view.low_shape, name) is not None:
         return f"state_dtype={name!r} has blocks of entries, which projector='randk' deals out: choose 'bfloat16'"
     scaled = "gamma" in group and ("residual_density" not in group or group["residual"] in ("norm", "channel"))
     looks = {"weight_norm=True": group.get("weight_norm"), "rule='adafactor'": group.get("rule") == "adafactor"}
-    looks |= {"a norm-scaled residual": scaled, "stacked=True": not isinstance(layout, Flat)}
+    looks |= {"a norm-scaled residual": scaled, "stacked=True": plan.stacked}
+    looks["a weight of a single row"] = not isinstance(plan.layout, Flat)
     looks |= {f"residual={kind!r}": group.get("residual") == kind for kind in ("exact", "additive")}
     for option in (option for option, on in looks.items() if on):
         return f"{option} needs rows, projector='randk' has single entries: choose 'columns'"

@@ -119,8 +119,8 @@ def check(param: Tensor, group: Mapping[str, Any], optimizer: str) -> None:
     for name, refused in names.items():
         if group.get(name) in (refused if isinstance(refused, tuple) else (refused,)):
             raise ValueError(
-                f"stacked=True does not go with {name}={group[name]!r} of {optimizer}, which takes parameters as a "
-                f"whole: choose another {name}, or {PLAIN}"
+                f"got a stack of shape {tuple(param.shape)}: stacked=True does not go with {name}={group[name]!r} of "
+                f"{optimizer}, which takes parameters as a whole: choose another {name}, or {PLAIN}"
             )
 
 

@@ -32,7 +32,8 @@ __all__ = ["follow", "inner", "project", "project_back_", "refresh"]
 def project(b: Bucket) -> Tensor:
     """Return the low-rank gradients R = A P as one buffer (k, a, r) in the working dtype.
 
-    A matrix whose R is not finite counts as having a zero gradient, so that one bad batch cannot poison its moments.
+    A matrix whose R is not finite counts as having a zero gradient, so that one bad batch cannot poison its moments; of
+    a sharded one every rank judges its own rows, for asking the others would cost a collective a step.
     """
     low = torch.empty((len(b.params), *b.view.low_shape), dtype=b.dtype, device=b.params[0].device)
     for index, held in enumerate(b.states):
