@@ -46,7 +46,7 @@ def _those_that_run(
         try:
             contender = build(params, rank)
             first = timed(contender.stepper.step, params[0].device)
-        except (ImportError, NotImplementedError, RuntimeError) as error:
+        except Exception as error:  # whatever another package raises, it is no reason to lose the others
             missing[name] = (str(error) or type(error).__name__).splitlines()[0]
         else:
             found.append(replace(contender, first=first))

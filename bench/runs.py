@@ -40,8 +40,17 @@ def shared_flags(config: RunConfig) -> list[str]:
     return flags
 
 
-def failure(code: int, stderr: str) -> UserError:
-    """Return what a process that ended with `code` says about its failure."""
+def failure(code: int, stderr: str, log: str = "") -> UserError:
+    """Return what a process that ended with `code` says about its failure.
+
+    Args:
+        code: Its exit code; a negative one is the signal that killed it.
+        stderr: What it said there; the last line is the reason, but not of a process that had no time to give one.
+        log: The file that holds its output, named where no reason is known.
+    """
+    if code < 0:
+        cause = " (out of memory?)" if code == -9 else ""
+        return UserError(f"killed by signal {-code}{cause}" + (f": see {log}" if log else ""))
     lines = stderr.strip().splitlines() or [f"the process ended with {code}"]
     kind = Diverged if code == Diverged.exit_code else UserError
     return kind(lines[-1].removeprefix("lowmem: "))

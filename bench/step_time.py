@@ -17,7 +17,7 @@ from . import neighbours, peers
 from .config import RunConfig
 from .data import load_source
 from .energy import captured_energy
-from .errors import UserError
+from .errors import UserError, one_line
 from .floors import FLOORS, LR
 from .measure import device_name, timed, versions
 from .models import build_model
@@ -62,13 +62,17 @@ def step_time(settings: Settings, out: Path | None = None) -> dict[str, Any]:
     """Measure, print the tables and return (and write, with a picture beside, if `out` is given) the figures.
 
     Raises:
-        UserError: A rank is too large for a model.
+        UserError: A model is unknown, a rank is too large for one, or `out` cannot be written; nothing is measured then.
     """
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runs = []
-    for model, dtype in product(settings.model.split(","), settings.dtype.split(",")):
+    models, runs = settings.model.split(","), list[dict[str, Any]]()
+    for model in models:
+        _check(replace(settings, model=model))
+    if out is not None:
+        _make_folder(out)
+    for model, dtype in product(models, settings.dtype.split(",")):
         chosen = replace(settings, model=model, dtype=dtype)
         console.print(f"{model}, rank {chosen.rank}, {dtype}, {device_name(device)}")
         console.print("real gradients: three AdamW steps on the standard library's source, then one backward pass")
@@ -79,6 +83,23 @@ def step_time(settings: Settings, out: Path | None = None) -> dict[str, Any]:
             write_json(out, {"device": device_name(device), "versions": versions(), "runs": runs})
             picture(out.with_suffix(".png"), runs)
     return {"device": device_name(device), "versions": versions(), "runs": runs}
+
+
+def _check(settings: Settings) -> None:
+    """Refuse a model or a rank before the models in front of it have been measured; no weights are allocated."""
+    with torch.device("meta"):
+        model = build_model(settings.model, max_length=settings.length)
+    *_, group = param_groups(model, rank=settings.rank)
+    smallest = min(min(param.shape) for param in group["params"])
+    if settings.rank >= smallest:
+        raise UserError(f"--rank is {settings.rank}: {settings.model} needs less than {smallest}, its smallest side")
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: its folder cannot be made: {one_line(error)}") from error
 
 
 def _measure(settings: Settings, device: torch.device) -> Report:
@@ -102,9 +123,6 @@ def _parameters(settings: Settings, device: torch.device) -> tuple[list[Tensor],
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
     model = build_model(settings.model, max_length=settings.length, dtype=dtype).to(device)
     *rest, group = param_groups(model, rank=settings.rank)
-    smallest = min(min(param.shape) for param in group["params"])
-    if settings.rank >= smallest:
-        raise UserError(f"--rank is {settings.rank}: {settings.model} needs less than {smallest}, its smallest side")
     source = load_source(RunConfig(batch_size=settings.batch_size, length=settings.length))
     warm_up = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for step in range(4):

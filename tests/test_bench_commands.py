@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lowmem.bench import neighbours
+from lowmem.bench.errors import Diverged, UserError
+from lowmem.bench.peers import Contender
+from lowmem.bench.runs import failure
 from lowmem.bench.turns import peak_bytes
 
 SMALL = {
@@ -182,13 +186,44 @@ def test_the_peak_of_a_step_is_what_it_allocates():
         (["--dtype=fp8"], "fp32 or bf16"),
         (["--rank=0"], "rank"),
         (["--model=tiny", "--rank=200"], "rank"),
+        (["--model=9m,tiny", "--rank=200"], "rank"),
+        (["--model=tiny,nowhere", "--rank=4"], "unknown model 'nowhere'"),
+        (["--model=tiny", "--rank=4", "--out=file/figures.json"], "--out file/figures.json: its folder"),
     ],
 )
 def test_bad_step_time_input_is_one_line(flags, message, tmp_path):
+    (tmp_path / "file").touch()
     run = lowmem("step-time", *flags, cwd=tmp_path)
     assert run.returncode != 0
     assert len(run.stderr.strip().splitlines()) == 1
     assert message in run.stderr
+    assert not run.stdout  # nothing was measured before it was refused
+
+
+def test_a_neighbour_that_breaks_in_any_way_is_left_out_with_its_reason():
+    def broken(params, rank):
+        raise KeyError("no such state")
+
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    builds = {"broken": broken, "sound": lambda params, rank: Contender("sound", torch.optim.SGD(params, lr=0.1))}
+    found, missing = neighbours._those_that_run(builds, [param], 0)
+    assert [contender.name for contender in found] == ["sound"]
+    assert missing == {"broken": "'no such state'"}
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (-9, UserError("killed by signal 9 (out of memory?): see a.log")),
+        (-11, UserError("killed by signal 11: see a.log")),
+        (1, UserError("the last word")),
+        (3, Diverged("the last word")),
+    ],
+)
+def test_a_process_that_was_killed_gives_no_reason_itself(code, error):
+    found = failure(code, "a warning\nlowmem: the last word\n", "a.log")
+    assert (type(found), str(found)) == (type(error), str(error))
 
 
 def test_optimizers_lists_names_and_the_options_of_one(tmp_path):

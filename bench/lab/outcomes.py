@@ -71,7 +71,7 @@ class Trial:
         """Return the outcome of the run whose process has ended; a diverged one is marked, not to be run again."""
         if end.code == 0:
             return self.known()
-        error = failure(end.code, end.stderr)
+        error = failure(end.code, end.stderr, f"{self.folder.path}.log")
         if diverged := isinstance(error, Diverged):
             write_json(self._mark, {"error": str(error)})
         return Outcome(self.run, error=str(error), diverged=diverged)
