@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..kernels import choice
+
 LR = 1e-6
 
 
@@ -57,6 +59,45 @@ class Products:
                 param.addmm_(basis, low.T, beta=1 - LR, alpha=-LR)
 
 
+class Product(Products):
+    """`R = A P` alone."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Project."""
+        for param, basis, low in self.work:
+            assert param.grad is not None
+            torch.mm(param.grad if param.shape[0] >= param.shape[1] else param.grad.T, basis, out=low)
+
+
+class Columns(Pass):
+    """Some columns of gradients and weights copied, and those of weights written back.
+
+    Args:
+        params: Weights with gradients.
+        rank: So many of the smallest side, and as large a share of the others.
+    """
+
+    def __init__(self, params: Iterable[Tensor], rank: int) -> None:
+        super().__init__(params)
+        share = rank / min(min(param.shape) for param in self.params)
+        self.chosen = [_evenly(param, share) for param in self.params]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Copy, and write back."""
+        for param, index in zip(self.params, self.chosen, strict=True):
+            assert param.grad is not None
+            dim = 1 if param.shape[0] >= param.shape[1] else 0
+            choice.select(param.grad, index, dim)
+            choice.put_(param, index, dim, choice.select(param, index, dim))
+
+
+def _evenly(param: Tensor, share: float) -> Tensor:
+    side = min(param.shape)
+    return torch.linspace(0, side - 1, max(1, round(share * side)), device=param.device).long()
+
+
 class Descent(Products):
     """The products of online PCA beside them: `Z = A^T R`, two Gram matrices, and two of r x r in the basis' fp32."""
 
@@ -75,4 +116,10 @@ class Descent(Products):
             adjoint @ (basis.T @ basis) + basis @ (image.T @ image)
 
 
-FLOORS: dict[str, type[Pass] | type[Products]] = {"pass": Pass, "products": Products, "descent": Descent}
+FLOORS: dict[str, type[Pass] | type[Products]] = {
+    "pass": Pass,
+    "columns": Columns,
+    "product": Product,
+    "products": Products,
+    "descent": Descent,
+}

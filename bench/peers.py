@@ -57,9 +57,9 @@ def other_methods(params: list[Tensor], rank: int) -> list[Contender]:
     return [
         _refreshable(optim.GaLorePlus(params, residual_warmup=1, **shared), "products"),
         _refreshable(optim.Fira(params, **shared), "products", "pass"),
-        _refreshable(optim.Apollo(params, **shared), "products", "pass"),
-        _refreshable(optim.Frugal(params, **columns), "pass"),
-        _refreshable(optim.Frugal(params, projector="sketch", **columns), "products", "pass"),
+        _refreshable(optim.Apollo(params, **shared), "product", "pass"),
+        _refreshable(optim.Frugal(params, **columns), "columns", "pass"),
+        _refreshable(optim.Frugal(params, projector="sketch", **columns), "products", "product", "pass"),
         Contender("OnlineSubspaceDescent", optim.OnlineSubspaceDescent(params, lr=LR, rank=rank), floor=("descent",)),
         Contender("Flora", optim.Flora(params, **shared), floor=("products", "pass", "pass")),
         Contender("Adafactor", optim.Adafactor(params, lr=LR), floor=("pass", "pass")),
