@@ -62,7 +62,8 @@ def step_time(settings: Settings, out: Path | None = None) -> dict[str, Any]:
     """Measure, print the tables and return (and write, with a picture beside, if `out` is given) the figures.
 
     Raises:
-        UserError: A model is unknown, a rank is too large for one, or `out` cannot be written; nothing is measured then.
+        UserError: A model is unknown, a rank is too large for one, or the folder of `out` cannot be made; nothing has
+            been measured then.
     """
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 
 def terminal_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
@@ -13,7 +14,7 @@ def terminal_table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Ta
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < 2 else "right")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))  # no markup: [attn] is an option's value
     return table
 
 

@@ -18,9 +18,11 @@ from lowmem.bench.errors import Diverged, UserError
 from lowmem.bench.lab import ablate as laboratory
 from lowmem.bench.lab import spec
 from lowmem.bench.lab.ablate import Settings, ablate
+from lowmem.bench.lab.command import HELP
 from lowmem.bench.lab.execute import Ended, Processes, RayCluster, Task, executor_of, own_threads, run_all
 from lowmem.bench.lab.figures import published
-from lowmem.bench.lab.points import all_runs, matches, override, points_of, seeds_of
+from lowmem.bench.lab.lock import locked
+from lowmem.bench.lab.points import all_runs, matches, override, points_of, refuse_idle, seeds_of
 from lowmem.bench.lab.progress import LabProgress
 from lowmem.bench.lab.spec import Lab, parse, parse_seeds, preset_names, read_preset
 from lowmem.bench.search import Outcome, Run, parse_entry
@@ -117,6 +119,17 @@ def test_setting_an_option_keeps_the_folders_of_the_grid():
         ("cases: [{when: {}, set: {steps: [1, 2]}}]", "several values"),
         ("paper: {figures: [{model: 9m}]}", "needs perplexity"),
         ("paper: {loss: test}", "val or train"),
+        ("paper: {source: a, figures: [{perplexity: nan}]}", "a number above 0"),
+        ("paper: {source: a, figures: [{perplexity: -3}]}", "a number above 0"),
+        ("paper: {figures: [{perplexity: 3}]}", "paper needs source"),
+        ("seeds: 2\nseeds: 3", "seeds is there twice in one mapping, again in line 2"),
+        ("grid: [{optimizer: adamw, lr: 1, lr: 2}]", "lr is there twice"),
+        ("grid: [{optimizer: galore, update-proj-gap: 1, update_proj_gap: 2}]", "update_proj_gap is there twice"),
+        ("grid: {adamw: {optimizer: galore}}", "adamw is the optimizer already"),
+        ("grid: " + "[" * 3000, "nested too deeply"),
+        ("cases: [{when: {}, set: {seed: 1}}]", "write seeds: [0, 1]"),
+        ("title: [a, b]", "title is ['a', 'b']: it must be a text"),
+        ("notes: [a: b]", "it must be a text; put it in quotes"),
     ],
 )
 def test_a_file_that_means_nothing_is_refused(text, message):
@@ -137,6 +150,7 @@ def test_a_file_that_means_nothing_is_refused(text, message):
         (lab("adam"), "unknown optimizer 'adam'. Did you mean badam or adamw"),
         (lab("galore rang=4"), "no option 'rang' of galore or of pretrain. Did you mean rank"),
         (lab("galore rank=0"), "galore rank=0: galore: "),
+        (lab("galore lr=inf"), "lr is inf: it must be finite"),
         (lab("galore lr=fast"), "--lr fast: it takes float"),
         (lab("adamw steps=0"), "--steps is 0: it must be 1 or more"),
         (lab("adamw model=12m"), "unknown model '12m'"),
@@ -154,6 +168,40 @@ def test_a_last_seed_that_is_too_large_is_refused():
     ablation = Lab("", [parse_entry("adamw")], {"seed": str(2**32 - 1)}, 2)
     with pytest.raises(UserError, match="--seed is"):
         seeds_of(ablation, points_of(ablation)[0])
+
+
+def test_shared_options_may_have_dashes():
+    assert parse("shared: {batch-size: 4}\ngrid: [adamw]", "", "name").shared == {"batch_size": "4"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cases: [{when: {optimizer: galroe}, set: {rank: 4}}]", "cases: no point of the grid has optimizer: galroe"),
+        ("cases: [{when: {optimizer: galroe}, set: {rank: 4}}]", "it is adamw, galore. Did you mean galore?"),
+        ("cases: [{when: {optimizer: [galore, fira]}, set: {rank: 4}}]", "has optimizer: fira"),
+        ("cases: [{when: {optimizer: adamw, rank: 4}, set: {lr: 1}}]", "has all of optimizer: adamw, rank: 4"),
+        ("paper: {source: a, figures: [{model: 9m, perplexity: 3}]}", "figures: no point of the grid has model: 9m"),
+    ],
+)
+def test_conditions_that_no_point_meets_are_refused(text, message):
+    with pytest.raises(UserError) as error:
+        refuse_idle(parse(f"grid: [adamw, galore rank=4]\n{text}", "", "name"))
+    assert message in str(error.value)
+
+
+def test_defaults_of_optimizers_can_be_asked_for():
+    cases = [spec.Case({"update_proj_gap": ["200"]}, {"rank": "4"})]
+    ablation = Lab("", [parse_entry("galore"), parse_entry("galore update_proj_gap=50")], cases=cases)
+    refuse_idle(ablation)
+    assert [point.config.options.get("rank") for point in points_of(ablation)] == [4, None]
+
+
+def test_the_file_of_the_help_means_something():
+    text = HELP.partition("\b\n")[2].partition("\nValues are")[0]
+    ablation = parse(textwrap.dedent(text), "the help", "name")
+    refuse_idle(ablation)
+    assert len(points_of(ablation)) == 2 * 2 + 2 * 2 * 2 * 2
 
 
 def test_seeds_are_a_number_or_a_list():
@@ -441,6 +489,41 @@ def test_a_pruned_run_keeps_its_figures_alone(small, monkeypatch):
     assert run(monkeypatch, ablation, Inline()) == figures
 
 
+def test_runs_that_were_finished_before_are_pruned_too(small, monkeypatch):
+    ablation = Lab("", [parse_entry("adamw lr=1e-2")], small)
+    run(monkeypatch, ablation, Inline())
+    assert Path("out/adamw_lr_1e-2/model").exists()
+    run(monkeypatch, ablation, again := Inline(), prune=True)
+    assert again.seen == []
+    assert not Path("out/adamw_lr_1e-2/model").exists()
+
+
+def test_a_folder_holds_one_ablation_at_a_time(small, monkeypatch):
+    pytest.importorskip("fcntl", reason="this system has no flock")
+    ablation = Lab("", [parse_entry("adamw lr=1e-2")], small)
+    with locked(Path("out")), pytest.raises(UserError, match="another lowmem ablate works in out: wait for it"):
+        run(monkeypatch, ablation, Inline())
+    assert len(run(monkeypatch, ablation, Inline())["rows"]) == 1
+
+
+def test_a_report_of_nothing_says_what_is_missing_and_creates_nothing(small):
+    with pytest.raises(UserError, match="out holds none of the 1 runs, such as adamw_lr_1e-2"):
+        ablate(lab("adamw lr=1e-2", **small), Settings(Path("out"), run=False))
+    assert not Path("out").exists()
+
+
+def test_a_loss_that_is_not_finite_in_between_costs_no_report(small, monkeypatch):
+    ablation = Lab("", [parse_entry("adamw lr=1e-2")], small)
+    run(monkeypatch, ablation, Inline())
+    metrics = Path("out/adamw_lr_1e-2/metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    next(line for line in lines if line["kind"] == "eval")["loss"] = float("nan")
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = run(monkeypatch, ablation, Inline())["rows"]
+    assert row["curve"]["loss"][0] is None
+    assert row["curve"]["loss"][-1] == pytest.approx(row["val_loss"], rel=1e-4)
+
+
 def test_a_folder_of_another_configuration_is_refused_before_anything_runs(small, monkeypatch):
     run(monkeypatch, Lab("", [parse_entry("adamw lr=1e-2")], small), Inline())
     with pytest.raises(UserError, match=r"config\.steps is 4 there, 5 here"):
@@ -486,9 +569,13 @@ def test_an_interrupted_command_says_how_to_go_on(small, monkeypatch, capsys):
         (["--file=a", "--preset=b"], "give one of them"),
         (["adamw", "--set=steps"], "write NAME=VALUE"),
         (["adamw", "--seeds=x"], "seeds is x"),
+        (["--file=latin.yaml"], "cannot be read as UTF-8"),
+        (["adamw", "--out=latin.yaml"], "--out latin.yaml is no folder"),
     ],
 )
-def test_bad_input_is_one_line(words, message, monkeypatch, capsys):
+def test_bad_input_is_one_line(words, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("latin.yaml").write_bytes(b"title: \xe9")
     assert lowmem(monkeypatch, "ablate", *words) == 1
     error = capsys.readouterr().err
     assert message in error

@@ -1,13 +1,16 @@
 """The report of an ablation: what the page holds, and how it behaves in a real browser."""
 
+import io
 import json
 import re
 import shutil
 
 import pytest
 from lowmem.bench.lab.page import page
-from lowmem.bench.lab.picture import front, style
+from lowmem.bench.lab.picture import front, style, write_picture
 from lowmem.bench.lab.report import cells, edge_text, json_text, summary
+from lowmem.bench.tables import terminal_table
+from rich.console import Console
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -90,6 +93,12 @@ FIGURES = {
 }
 
 
+def many(count):
+    """Return the figures of many series."""
+    rows = [{**FIGURES["rows"][0], "series": index, "state_bytes": 10**6 * (index + 1)} for index in range(count)]
+    return {**FIGURES, "series": [f"galore rank={index} carry=rotate" for index in range(count)], "rows": rows}
+
+
 def test_the_page_needs_nothing_from_elsewhere_and_texts_cannot_leave_their_place():
     text = page(FIGURES)
     assert text.count("<script") == text.count("</script>") == 2
@@ -128,6 +137,26 @@ def test_the_front_has_what_nothing_beats_in_both():
         {"state_bytes": size, "val_loss": loss} for size, loss in ((3, 1.0), (1, 2.0), (2, 2.5), (4, 1.5), (1, 3.0))
     ]
     assert front(rows) == [rows[1], rows[0]]
+
+
+def test_texts_are_neither_markup_nor_mathematics(tmp_path):
+    names = ["frugal targets=[attn]", "galore exclude=.*q$,.*k$ x=\\[/b]"]
+    console = Console(width=120, file=io.StringIO())
+    console.print(terminal_table(("a", "b"), [names]))
+    assert all(name in console.file.getvalue() for name in names)
+    rows = [{**FIGURES["rows"][0], "series": index} for index in range(2)]
+    write_picture(tmp_path / "a.png", {**FIGURES, "rows": rows, "series": names})
+
+
+def test_many_series_no_state_and_losses_without_a_number_can_be_drawn(tmp_path):
+    write_picture(tmp_path / "many.png", many(30))
+    odd = json.loads(json.dumps(FIGURES))
+    odd["rows"][0]["state_bytes"] = 0
+    odd["rows"][2].update(train_loss=None)
+    odd["rows"][2]["curve"].update(loss=[None, 3.0, 2.5], low=[None, 3.0, 2.5], high=[None, 3.0, 2.5])
+    odd["paper"]["loss"] = "train"
+    write_picture(tmp_path / "odd.png", odd)
+    assert cells(odd)[0][4] == "-"
 
 
 def test_every_series_looks_different():
@@ -257,3 +286,27 @@ def test_the_page_fits_a_phone_and_follows_the_colour_scheme(opened):
     finally:
         opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_many_methods_leave_room_for_the_charts_and_no_state_stands_at_the_edge(browser, tmp_path):
+    figures = many(30)
+    figures["rows"][0]["state_bytes"] = 0
+    figures["rows"][1]["curve"] = {**figures["rows"][1]["curve"], "loss": [None, 3.0, 2.5]}
+    path = tmp_path / "many.html"
+    path.write_text(page(figures), encoding="utf-8")
+    browser.get(path.as_uri())
+    assert browser.get_log("browser") == []
+    style = "return getComputedStyle(document.querySelector('.controls')).position"
+    assert browser.execute_script(style) == "static"
+    assert browser.find_element("id", "chips").size["height"] <= 0.3 * 1400
+    assert not browser.find_elements("css selector", "#states text.name")
+    assert len(browser.find_elements("css selector", "#states path[transform]")) == 30
+    broken = "return [...document.querySelectorAll('svg *')].filter((e) => /NaN|Infinity/.test(e.outerHTML)).length"
+    assert browser.execute_script(broken) == 0
+
+
+def test_rows_are_headed_by_their_series_and_tables_have_captions(opened):
+    heads = opened.find_elements("css selector", "#points tbody th[scope=row]:first-child")
+    assert [head.text for head in heads] == ["galore", "flora", "adamw"]
+    assert len(opened.find_elements("css selector", "table > caption")) == 2
+    assert {svg.get_attribute("role") for svg in opened.find_elements("css selector", ".chart svg")} == {"group"}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from ..errors import UserError, one_line
 from ..runs import raise_failures
 from ..search import Outcome
 from .execute import Executor, executor_of, run_all
+from .lock import locked
 from .outcomes import MISSING, Trial, failures
 from .points import all_runs, points_of
 from .progress import LabProgress
@@ -52,20 +54,33 @@ def ablate(lab: Lab, settings: Settings) -> None:
         settings: How it is run.
 
     Raises:
-        UserError: If a point of the grid is no good (before anything runs), or runs failed (after all are through).
+        UserError: If a point of the grid is no good, another ablation works in the folder, or a report is asked for and
+            there is nothing to report (before anything runs), or runs failed (after all are through).
     """
     points = points_of(lab)
     trials = [Trial(point, run, settings.out) for point, run in all_runs(lab, points)]
-    console = Console(highlight=False, soft_wrap=True)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    outcomes = [trial.known() for trial in trials]
+    with locked(settings.out) if settings.run else nullcontext():
+        try:
+            outcomes = [trial.known() for trial in trials]
+        except OSError as error:
+            raise UserError(f"--out {settings.out}: {one_line(error)}") from error
+        _run_and_report(lab, settings, trials, outcomes)
+    raise_failures(failures(outcomes), len(outcomes))
+
+
+def _run_and_report(lab: Lab, settings: Settings, trials: Sequence[Trial], outcomes: list[Outcome]) -> None:
     try:
         if settings.run and any(outcome.error == MISSING for outcome in outcomes):
-            _run(trials, outcomes, settings, console)
+            _run(trials, outcomes, settings, Console(highlight=False, soft_wrap=True))
     finally:
+        for trial in trials if settings.prune else ():
+            if trial.folder.finished:
+                trial.folder.prune()
         if any(outcome.error != MISSING for outcome in outcomes):
             report(lab, trials, outcomes, settings.out, settings.command)
-    raise_failures(failures(outcomes), len(outcomes))
+        elif not settings.run:
+            what = f"holds none of the {len(trials)} runs, such as {trials[0].run.folder}"
+            raise UserError(f"--report-only: {settings.out} {what}; choose another --out, or leave --report-only out")
 
 
 def _run(trials: Sequence[Trial], outcomes: list[Outcome], settings: Settings, console: Console) -> None:

@@ -35,6 +35,7 @@ function swatch(index) {
 
 /** Round values that lie in [low, high], about `count` of them; of a logarithmic range 1, 2 and 5 of every decade. */
 function ticks(low, high, count, log) {
+  if (!Number.isFinite(low) || !Number.isFinite(high) || (log && low <= 0)) return [];
   if (log) {
     const found = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
@@ -53,7 +54,8 @@ function ticks(low, high, count, log) {
 
 function scale(low, high, start, end, log = false) {
   const [a, b] = log ? [Math.log(low), Math.log(high)] : [low, high];
-  const at = (value) => start + (((log ? Math.log(value) : value) - a) / (b - a || 1)) * (end - start);
+  // A logarithm has no place for a value of 0: it stands at the edge.
+  const at = (value) => log && value <= 0 ? start : start + (((log ? Math.log(value) : value) - a) / (b - a || 1)) * (end - start);
   return Object.assign(at, { low, high, start, end, log });
 }
 
@@ -82,7 +84,7 @@ function lossRange(losses) {
 function chart(holder, spec) {
   holder.replaceChildren();
   const width = Math.max(260, holder.clientWidth), height = Math.round(Math.min(400, Math.max(250, width * 0.5)));
-  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, tabindex: 0, role: "img", "aria-label": spec.label }, null);
+  const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, tabindex: 0, role: "group", "aria-label": spec.label }, null);
   holder.append(root);
   if (!spec.x.range) {
     svg("text", { x: width / 2, y: height / 2, class: "empty" }, root).textContent = "Nothing to show.";

@@ -41,8 +41,14 @@ A file:
       - {optimizer: galore, lr: [1e-2, 2e-2], rank: [32, 64], carry: [rotate, keep]}
     cases:                                                # what depends on others
       - {when: {dtype: bf16, optimizer: galore}, set: {rounding: stochastic}}
+    title: Rounding of bf16                               # of the report
+    notes: [What differs from the paper.]                 # under it
+    paper:                                                # perplexities beside ours, of loss: val or train
+      source: A paper, Table 2
+      loss: val
+      figures: [{optimizer: adamw, dtype: bf16, perplexity: 34.06}]
 
-The keys title, notes and paper (source, loss, figures) are shown in the report; bench/lab/spec.py describes them all.
+Values are compared as they are written: when: {lr: 0.001} asks for no lr=1e-3. What no point has is refused.
 """
 
 
@@ -56,10 +62,10 @@ def ablate(
     put: Sets = None,
     seeds: Annotated[
         str,
-        typer.Option(help="How many, --seed and those after it; or a list: 0,1,5.", show_default="the file's or 1"),
+        typer.Option(help="How many, --seed and those after it; or a list: 0,1,5. Without it the file's, or 1."),
     ] = "",
     out: Annotated[
-        Path | None, typer.Option(help="Folder of all runs.", show_default="runs/NAME of the file, or runs/ablate")
+        Path | None, typer.Option(help="Folder of all runs. Without it runs/NAME of the file, or runs/ablate.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share threads and GPUs.")] = 1,
     executor: Annotated[
@@ -76,13 +82,15 @@ def ablate(
     **shared: Any,
 ) -> None:
     """Run every point of a grid with every seed, and write one report of all of them."""
-    from .points import override
+    from .points import override, refuse_idle
     from .spec import Lab, parse_seeds, read_file, read_preset
 
     if file and preset:
         raise UserError(f"--file {file} --preset {preset}: give one of them")
     lab = read_file(file) if file else read_preset(preset) if preset else Lab("Ablation", [])
     lab = replace(lab, grid=[*lab.grid, *_entries(entries)])
+    if lab.cases or lab.paper.figures:
+        refuse_idle(lab)
     given = [(name, str(value)) for name, value in shared.items() if _said(context, name)]
     for name, text in [*given, *map(_pair, put or [])]:
         lab = override(lab, name, text)

@@ -24,7 +24,7 @@ def collect(lab: Lab, trials: Sequence[Trial], outcomes: Sequence[Outcome], comm
     """Return all figures of the report.
 
     A point's loss is the mean of its finished seeds. A point of which a seed diverged is never the best of its series:
-    the points that differ in their learning rate alone.
+    the points that differ in their learning rate alone. Numbers that are not finite are None.
     """
     by_point: dict[str, list[tuple[Trial, Outcome]]] = {}
     for trial, outcome in zip(trials, outcomes, strict=True):
@@ -36,7 +36,7 @@ def collect(lab: Lab, trials: Sequence[Trial], outcomes: Sequence[Outcome], comm
     rows = [_row(point, text, series[point.entry.folder], runs, lab.paper) for point, text, runs in pairs]
     _mark_best(rows)
     summaries = [outcome.summary for outcome in outcomes if outcome.summary]
-    return {
+    figures = {
         "title": lab.title,
         "command": command,
         "notes": list(lab.notes),
@@ -49,6 +49,17 @@ def collect(lab: Lab, trials: Sequence[Trial], outcomes: Sequence[Outcome], comm
         "rows": rows,
         "failures": [_failure(t, o) for t, o in zip(trials, outcomes, strict=True) if o.error],
     }
+    found: Record = _finite(figures)
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON values with None for every number that JSON does not have; a page must not be lost for one."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _series(points: Sequence[Point]) -> tuple[dict[str, int], list[str]]:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from ..report import COLOURS, MARKERS, subplots
 from ..rundir import Record
 
 LINES = ("-", "--", ":")
+NAMED = 12
+"""Series that a picture names; more names would cover it."""
 
 
 def write_picture(path: Path, figures: Record) -> None:
@@ -19,9 +22,10 @@ def write_picture(path: Path, figures: Record) -> None:
     figure, axes = subplots(3)
     rows = [row for row in figures["rows"] if row["val_loss"] is not None]
     best = sorted((row for row in rows if row["best"]), key=lambda row: row["val_loss"])
-    _curves(axes[0], best, figures["series"])
+    names = [name.replace("$", r"\$") for name in figures["series"]]  # between two of them would be mathematics
+    _curves(axes[0], best, names)
     _rates(axes[1], [row for row in rows if row["lr"] and not row["diverged"]])
-    _states(axes[2], best, figures["series"])
+    _states(axes[2], best, names)
     for axis in axes:
         axis.grid(alpha=0.25)
     figure.savefig(path)
@@ -44,17 +48,20 @@ def style(series: int) -> dict[str, Any]:
 
 def _curves(axis: Any, best: Sequence[Record], names: Sequence[str]) -> None:
     shown: list[float] = []
-    for row in best:
-        curve, look = row["curve"], style(row["series"])
-        axis.plot(curve["tokens"], curve["loss"], markersize=5, label=names[row["series"]], **look)
-        axis.fill_between(curve["tokens"], curve["low"], curve["high"], color=look["color"], alpha=0.2, linewidth=0)
+    for place, row in enumerate(best):
+        look, label = style(row["series"]), names[row["series"]] if place < NAMED else None
+        # A loss that is not finite is None, and leaves a gap.
+        mean, low, high = (np.array(row["curve"][name], dtype=float) for name in ("loss", "low", "high"))
+        axis.plot(row["curve"]["tokens"], mean, markersize=5, label=label, **look)
+        axis.fill_between(row["curve"]["tokens"], low, high, color=look["color"], alpha=0.2, linewidth=0)
         # The first validation, of a model that knows nothing yet, would flatten all others.
-        skip = len(curve["loss"]) > 2
-        shown += [*curve["low"][skip:], *curve["high"][skip:]]
+        skip = len(mean) > 2
+        shown += [float(loss) for loss in (*low[skip:], *high[skip:]) if np.isfinite(loss)]
     if shown:
         margin = 0.06 * (max(shown) - min(shown)) or 0.1
         axis.set_ylim(min(shown) - margin, max(shown) + margin)
-        axis.legend(frameon=False, fontsize=9)
+        more = f"and {len(best) - NAMED} more" if len(best) > NAMED else None
+        axis.legend(frameon=False, fontsize=9, title=more, title_fontsize=9)
     axis.set(xlabel="tokens", ylabel="loss (nats a token)", title="Validation loss of the best points")
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
 
@@ -71,13 +78,18 @@ def _rates(axis: Any, rows: Sequence[Record]) -> None:
 def _states(axis: Any, best: Sequence[Record], names: Sequence[str]) -> None:
     edge = front(best)
     axis.step([r["state_bytes"] for r in edge], [r["val_loss"] for r in edge], where="post", color="#8C8C8C", lw=1)
-    axis.set_xscale("log")
+    sizes = [row["state_bytes"] for row in best if row["state_bytes"] > 0]
+    if len(sizes) < len(best):  # no state at all, which a logarithm does not have
+        axis.set_xscale("symlog", linthresh=min(sizes, default=1))
+    else:
+        axis.set_xscale("log")
     axis.margins(x=0.3, y=0.1)
     for row in best:
         axis.plot(row["state_bytes"], row["val_loss"], markersize=7, **style(row["series"]))
     axis.set(xlabel="optimizer state (bytes)", title="Best validation loss by optimizer state")
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _names(axis, best, names)
+    if len(best) <= NAMED:
+        _names(axis, best, names)
 
 
 def _names(axis: Any, best: Sequence[Record], names: Sequence[str]) -> None:
@@ -87,5 +99,4 @@ def _names(axis: Any, best: Sequence[Record], names: Sequence[str]) -> None:
     for row in sorted(best, key=lambda row: row["val_loss"]):
         free = max(free + line, row["val_loss"])
         # A blank of its own width keeps the name off its mark, on either side.
-        text = {"fontsize": 9, "va": "center", "color": style(row["series"])["color"], "ha": "right"}
-        axis.text(row["state_bytes"], free, f"{names[row['series']]}   ", **text)
+        axis.text(row["state_bytes"], free, f"{names[row['series']]}   ", fontsize=9, va="center", ha="right")

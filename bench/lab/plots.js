@@ -1,8 +1,11 @@
 // The three charts of the page: what is drawn of which rows.
 
+const NAMED = 12; // more names would cover the chart
+
 function curves() {
   const rows = visible(measured);
-  const losses = rows.flatMap((row) => (row.curve.high.length > 2 ? row.curve.high.slice(1).concat(row.curve.low.slice(1)) : row.curve.high.concat(row.curve.low)));
+  const late = (values) => (values.length > 2 ? values.slice(1) : values);
+  const losses = rows.flatMap((row) => [...late(row.curve.high), ...late(row.curve.low)]).filter((loss) => loss !== null);
   chart(find("curves"), {
     label: "Loss by tokens. Arrow keys walk through the validations.",
     x: { range: range(rows.flatMap((row) => (state.training ? [0, ...row.curve.tokens] : row.curve.tokens))), name: "tokens", format: (v) => short(v) },
@@ -11,8 +14,16 @@ function curves() {
   });
 }
 
+/** Lists without the places at which one of them has no value. */
+function finite(...lists) {
+  const kept = [...lists[0].keys()].filter((index) => lists.every((list) => list[index] !== null));
+  return lists.map((list) => kept.map((index) => list[index]));
+}
+
 function curve(layer, row, x, y) {
-  const { tokens, loss: mean, low, high, train_tokens, train_loss } = row.curve, colour = paint(row.series);
+  // A loss that was not finite is null, and is left out.
+  const [tokens, mean, low, high] = finite(row.curve.tokens, row.curve.loss, row.curve.low, row.curve.high);
+  const [train_tokens, train_loss] = finite(row.curve.train_tokens, row.curve.train_loss), colour = paint(row.series);
   const xs = tokens.map(x), ys = mean.map(y);
   if (state.training) svg("path", { d: path(train_tokens.map(x), train_loss.map(y)), class: "train", stroke: colour }, layer);
   const band = path([...xs, ...[...xs].reverse()], [...high.map(y), ...low.map(y).reverse()]);
@@ -58,7 +69,7 @@ function rateLine(layer, rows, x, y, box) {
 
 function states() {
   const rows = measured.filter((row) => row.best && state.shown.has(row.series));
-  const bytes = range(rows.map((row) => row.state_bytes));
+  const bytes = range(rows.map((row) => row.state_bytes).filter((size) => size > 0)) ?? (rows.length ? [1, 1000] : null);
   chart(find("states"), {
     label: "Best loss by bytes of optimizer state. Arrow keys walk through the methods.",
     x: { range: bytes && widen(bytes, 0.14, true), log: true, name: "optimizer state", format: (v) => short(v, "B") },
@@ -74,7 +85,7 @@ function front(layer, rows, x, y, box) {
     line += `${line ? `H${x(row.state_bytes)}V` : `M${x(row.state_bytes)},`}${y(row.val_loss)}`;
   }
   svg("path", { d: `${line}H${box.right}`, class: "front" }, layer);
-  labels(layer, rows, x, y, box);
+  if (rows.length <= NAMED) labels(layer, rows, x, y, box);
   return sorted.map((row) => {
     const px = x(row.state_bytes), py = y(row.val_loss);
     mark(layer, row.series, px, py, 1.3);
@@ -91,6 +102,6 @@ function labels(layer, rows, x, y, box) {
   sorted.forEach((row, index) => {
     const left = x(row.state_bytes) > (box.left + box.right) / 2;
     const place = { x: x(row.state_bytes) + (left ? -10 : 10), y: places[index] + 4, "text-anchor": left ? "end" : "start" };
-    svg("text", { ...place, class: "name", style: `fill: ${paint(row.series)}` }, layer).textContent = names[row.series];
+    svg("text", { ...place, class: "name" }, layer).textContent = names[row.series];
   });
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -12,7 +13,7 @@ from torch import nn
 from ..config import RunConfig
 from ..errors import UserError, did_you_mean
 from ..optimizers import build_optimizer, run_options
-from ..options import Option, parse_options
+from ..options import EMPTY, Option, parse_options
 from ..planner import MODEL_DTYPES, skeleton
 from ..search import Entry, Run, expand, refuse_repeats
 from .spec import RUN_OPTIONS, Case, Lab
@@ -29,22 +30,18 @@ class Point:
         entry: The optimizer and the options that its entry and the axes of the grid say; they name the run folder.
         config: The run with the shared seed.
         texts: All options of the optimizer as they were written.
+        facts: Everything that a condition may ask for, as it was written, or else its default.
     """
 
     entry: Entry
     config: RunConfig
     texts: Mapping[str, str]
+    facts: Mapping[str, str]
 
     @property
     def flags(self) -> list[str]:
         """The optimizer's options as flags of `lowmem pretrain`."""
         return Entry(self.entry.optimizer, self.texts).flags
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """Everything that a condition may ask for, as text."""
-        run = {name: str(getattr(self.config, name)) for name in RUN_OPTIONS}
-        return {**run, **self.texts, **self.entry.texts, "optimizer": self.entry.optimizer}
 
     @property
     def state_bytes(self) -> int | None:
@@ -64,6 +61,36 @@ def points_of(lab: Lab) -> list[Point]:
     Raises:
         UserError: If something is wrong with the grid or with one of its points.
     """
+    entries, shared = _expand(lab)
+    return [_point(entry, shared, lab.cases) for entry in entries]
+
+
+def refuse_idle(lab: Lab) -> None:
+    """Refuse conditions that no point of a file meets, before flags narrow its grid; a misspelt one would be ignored.
+
+    Raises:
+        UserError: If one of `cases` or of the paper's figures asks for what no point has, or something else is wrong.
+    """
+    entries, shared = _expand(lab)
+    asked = [("cases", case.when) for case in lab.cases] + [("figures", when) for when, _ in lab.paper.figures]
+    # Of a case, what the cases in front of it make of a point decides.
+    stages = [lab.cases[:index] for index in range(len(lab.cases))] + [lab.cases] * len(lab.paper.figures)
+    for (where, when), cases in zip(asked, stages, strict=True):
+        facts = [_facts(entry.optimizer, _texts(entry, shared, cases)) for entry in entries]
+        for name, values in when.items():
+            for value in values:
+                if not any(matches({name: [value]}, own) for own in facts):
+                    there = list(dict.fromkeys(own[name] for own in facts if name in own))
+                    near = did_you_mean(value, there)
+                    has = f"it is {', '.join(there[:6])}" if there else "none has it"
+                    raise UserError(f"{where}: no point of the grid has {name}: {value}; {has}.{near}")
+        if not any(matches(when, own) for own in facts):
+            asks = ", ".join(f"{name}: {'|'.join(values)}" for name, values in when.items())
+            raise UserError(f"{where}: no point of the grid has all of {asks}")
+
+
+def _expand(lab: Lab) -> tuple[list[Entry], dict[str, str]]:
+    """Return the points of the grid as entries, and the options that all of them share."""
     if not lab.grid:
         raise UserError('no grid: give an ENTRY, such as "galore lr=1e-2|2e-2 rank=32", a --file or a --preset')
     _check_names(lab)
@@ -74,7 +101,7 @@ def points_of(lab: Lab) -> list[Point]:
     entries = [Entry(entry.optimizer, {**entry.texts, **_missing(axes, entry.texts)}) for entry in lab.grid]
     expanded = [point for entry in entries for point in expand(entry)]
     refuse_repeats(expanded)
-    return [_point(entry, shared, lab.cases) for entry in expanded]
+    return expanded, shared
 
 
 def seeds_of(lab: Lab, point: Point) -> list[int]:
@@ -133,12 +160,7 @@ def _check_names(lab: Lab) -> None:
 def _point(entry: Entry, shared: Mapping[str, str], cases: Sequence[Case]) -> Point:
     try:
         known = run_options(entry.optimizer)
-        texts = {**shared, **entry.texts}
-        defaults = {name: str(option.default) for name, option in RUN_FLAGS.items()}
-        for case in cases:
-            facts = {**defaults, **texts, "optimizer": entry.optimizer}
-            if matches(case.when, facts):
-                texts = {**texts, **_missing(case.put, entry.texts)}
+        texts = _texts(entry, shared, cases)
         run = {name: RUN_FLAGS[name].parse(text) for name, text in texts.items() if name in RUN_OPTIONS}
         own = {name: text for name, text in texts.items() if name not in RUN_OPTIONS}
         for name in own:
@@ -146,11 +168,33 @@ def _point(entry: Entry, shared: Mapping[str, str], cases: Sequence[Case]) -> Po
                 near = did_you_mean(name, [*known, *RUN_OPTIONS])
                 raise UserError(f"no option {name!r} of {entry.optimizer} or of pretrain.{near}")
         options = parse_options(entry.optimizer, known, own)
+        if isinstance(rate := options.get("lr"), float) and not math.isfinite(rate):
+            raise UserError(f"lr is {rate}: it must be finite")
         config = RunConfig(**run, optimizer=entry.optimizer, options=options)
         build_optimizer(entry.optimizer, options, _skeleton(config.model, config.dtype), config.seed)
     except UserError as error:
         raise UserError(f"{entry.text}: {error}") from None
-    return Point(entry, config, own)
+    return Point(entry, config, own, _facts(entry.optimizer, texts))
+
+
+def _texts(entry: Entry, shared: Mapping[str, str], cases: Sequence[Case]) -> dict[str, str]:
+    """Return what is said of a point: shared options, its own, and those of the cases that it is one of."""
+    texts = {**shared, **entry.texts}
+    for case in cases:
+        if matches(case.when, _facts(entry.optimizer, texts)):
+            texts = {**texts, **_missing(case.put, entry.texts)}
+    return texts
+
+
+def _facts(optimizer: str, texts: Mapping[str, str]) -> dict[str, str]:
+    """Return everything that a condition may ask for."""
+    return {**_defaults(optimizer), **texts, "optimizer": optimizer}
+
+
+@lru_cache
+def _defaults(optimizer: str) -> dict[str, str]:
+    known = {**RUN_FLAGS, **run_options(optimizer)}
+    return {name: str(option.default) for name, option in known.items() if option.default is not EMPTY}
 
 
 @lru_cache

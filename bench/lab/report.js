@@ -11,7 +11,10 @@ const number = (value, digits) => value.toLocaleString("en", { minimumFractionDi
 const loss = (value) => number(value, 4);
 const milliseconds = (seconds) => `${number(1e3 * seconds, 1)} ms`;
 const many = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
-const perplexity = (row) => (row.val_loss === null ? null : Math.exp(row[`${paperLoss}_loss`]));
+const perplexity = (row) => {
+  const value = Math.exp(row[`${paperLoss}_loss`] ?? Infinity);
+  return Number.isFinite(value) ? value : null;
+};
 
 function short(value, unit = "") {
   const steps = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
@@ -55,7 +58,7 @@ const isText = (column) => column.key === "label" || column.key === "options";
 
 function method(row) {
   const box = element("span", "", "method");
-  box.append(swatch(row.series), row.optimizer);
+  box.append(swatch(row.series), names[row.series]);
   return box;
 }
 
@@ -100,7 +103,9 @@ function table() {
 function tableRow(row) {
   const line = element("tr", "", state.every && row.best ? "best" : "");
   for (const column of COLUMNS) {
-    const cell = element("td", "", isText(column) ? "" : "number"), value = column.value(row);
+    const first = column.key === "label", value = column.value(row);
+    const cell = element(first ? "th" : "td", "", isText(column) ? "" : "number");
+    if (first) cell.scope = "row";
     if (column.cell) cell.append(column.cell(row));
     else cell.textContent = value === null || value === undefined ? "–" : column.text ? column.text(value) : value;
     line.append(cell);
@@ -183,4 +188,5 @@ find("every").addEventListener("change", (event) => { state.every = event.target
 find("training").addEventListener("change", (event) => { state.training = event.target.checked; update(); });
 let width = innerWidth;
 addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; update(); } });
+document.querySelector(".controls").classList.toggle("many", names.length > NAMED);
 lead(); chips(); header(); failures(); provenance(); update();

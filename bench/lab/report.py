@@ -61,7 +61,7 @@ def cells(figures: Record) -> list[tuple[str, ...]]:
             row["options"],
             decimal(row["state_bytes"]),
             loss_text(row),
-            f"{perplexity(row[f'{kind}_loss']):.2f}",
+            "-" if row[f"{kind}_loss"] is None else f"{perplexity(row[f'{kind}_loss']):.2f}",
             *([f"{row['paper']:.2f}" if row["paper"] else "-"] if figures["paper"] else []),
             f"{1e3 * row['optimizer_s']:.1f} ms",
             f"{1e3 * row['step_s']:.1f} ms",
@@ -88,12 +88,15 @@ def summary(figures: Record, lines: Sequence[Sequence[str]]) -> str:
     shared = ", ".join(f"{name} {value}" for name, value in figures["shared"].items() if value != "")
     seeds, devices = len(figures["seeds"]), "; ".join(figures["devices"])
     parts = [f"# {figures['title']}\n", f"`{figures['command']}`\n" if figures["command"] else ""]
-    parts.append(f"{shared}; {len(figures['rows'])} points, {seeds} {'seeds' if seeds > 1 else 'seed'}; {devices}.\n")
+    counted = f"{len(figures['rows'])} points, {seeds} {'seeds' if seeds > 1 else 'seed'}"
+    parts.append("; ".join(filter(None, (shared, counted, devices))) + ".\n")
     if lines:
         over = "; mean and sample deviation over the seeds" if seeds > 1 else ""
         parts.append(f"The best learning rate of every series{over}:\n")
         parts.append(markdown_table(columns(figures), lines))
         parts.append(edge_text(figures))
+    else:
+        parts.append("No point has a loss yet, or all of them have diverged.\n")
     if figures["paper"]:
         parts.append(f"Paper: {figures['paper']['source']}, beside our {figures['paper']['loss']} perplexity.\n")
     for kind in ("diverged", "failed", "missing"):

@@ -31,6 +31,7 @@ Scalars are taken as they are written, as folders are named after them: `1e-3` a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
@@ -40,6 +41,7 @@ from typing import Any
 from ..config import RunConfig
 from ..errors import UserError, did_you_mean, one_line
 from ..search import Entry, parse_entry
+from .strict_yaml import load
 
 RUN_OPTIONS = tuple(item.name for item in fields(RunConfig) if "help" in item.metadata)
 PRESETS = files(__package__) / "presets"
@@ -105,7 +107,11 @@ def read_file(path: Path) -> Lab:
     """
     if not path.is_file():
         raise UserError(f"--file {path}: there is no such file; presets are named by --preset")
-    return parse(path.read_text(encoding="utf-8"), f"--file {path}", path.stem)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--file {path} cannot be read as UTF-8: {one_line(error)}") from error
+    return parse(text, f"--file {path}", path.stem)
 
 
 def parse(text: str, where: str, title: str) -> Lab:
@@ -114,13 +120,7 @@ def parse(text: str, where: str, title: str) -> Lab:
     Raises:
         UserError: If it is no YAML, or has keys or values that mean nothing.
     """
-    import yaml
-
-    try:
-        # Not the safe loader: it would turn 1e-3 into a text, 1.0e-3 into a number and `no` into false.
-        values = yaml.load(text, yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is no YAML: {one_line(error)}") from error
+    values = load(text, where)
     try:
         return _lab(_mapping(values, "the file"), title)
     except UserError as error:
@@ -144,19 +144,22 @@ def _lab(values: dict[str, Any], title: str) -> Lab:
     known = ("title", "shared", "seeds", "grid", "cases", "paper", "notes")
     _only(values, known, "the file")
     return Lab(
-        title=str(values.get("title", title)),
+        title=_word("title", values.get("title") or title),
         grid=_grid(values.get("grid", [])),
         shared={name: _text(name, value) for name, value in _mapping(values.get("shared") or {}, "shared").items()},
         seeds=parse_seeds(values.get("seeds", "1")),
         cases=[_case(_mapping(item, "cases")) for item in _list(values.get("cases") or [], "cases")],
         paper=_paper(_mapping(values.get("paper") or {}, "paper")),
-        notes=[str(note) for note in _list(values.get("notes") or [], "notes")],
+        notes=[_word("notes", note) for note in _list(values.get("notes") or [], "notes")],
     )
 
 
 def _grid(value: Any) -> list[Entry]:
     if isinstance(value, dict):
-        value = [{"optimizer": name, **_mapping(options or {}, name)} for name, options in value.items()]
+        twice = [name for name, options in value.items() if "optimizer" in _mapping(options or {}, name)]
+        if twice:
+            raise UserError(f"grid: {twice[0]} is the optimizer already; leave its option optimizer out")
+        value = [{"optimizer": name, **(options or {})} for name, options in value.items()]
     entries = []
     for item in _list(value, "grid"):
         if isinstance(item, str):
@@ -165,13 +168,15 @@ def _grid(value: Any) -> list[Entry]:
         options = dict(_mapping(item, "grid"))
         if not isinstance(name := options.pop("optimizer", None), str):
             raise UserError(f"grid: {item} names no optimizer; write optimizer: galore")
-        entries.append(Entry(name, {key.replace("-", "_"): _text(key, text) for key, text in options.items()}))
+        entries.append(Entry(name, {key: _text(key, text) for key, text in options.items()}))
     return entries
 
 
 def _case(values: dict[str, Any]) -> Case:
     _only(values, ("when", "set"), "cases")
-    put = {name.replace("-", "_"): _text(name, text) for name, text in _mapping(values.get("set"), "set").items()}
+    put = {name: _text(name, text) for name, text in _mapping(values.get("set"), "set").items()}
+    if "seed" in put:
+        raise UserError("cases: a seed is of all points; write seeds: [0, 1] beside grid")
     several = [name for name, text in put.items() if "|" in text]
     if several:
         raise UserError(f"cases: {several[0]} has several values; a grid of it belongs into shared or grid")
@@ -187,14 +192,20 @@ def _paper(values: dict[str, Any]) -> Paper:
     for item in _list(values.get("figures") or [], "figures"):
         condition = dict(_mapping(item, "figures"))
         try:
-            figures.append((condition, float(condition.pop("perplexity"))))
+            number = float(condition.pop("perplexity"))
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"figures: {item} needs perplexity: a number") from None
-    return Paper(str(values.get("source", "")), loss, [(_condition(when), number) for when, number in figures])
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise UserError(f"figures: {item} needs perplexity: a number above 0")
+        figures.append((condition, number))
+    source = _word("source", values.get("source", ""))
+    if values and not source:
+        raise UserError("paper needs source: which paper and table its figures are from")
+    return Paper(source, loss, [(_condition(when), number) for when, number in figures])
 
 
 def _condition(values: Mapping[str, Any]) -> dict[str, list[str]]:
-    return {name.replace("-", "_"): _text(name, value).split("|") for name, value in values.items()}
+    return {name: _text(name, value).split("|") for name, value in values.items()}
 
 
 def _text(name: str, value: Any) -> str:
@@ -202,6 +213,12 @@ def _text(name: str, value: Any) -> str:
     if not items or not all(isinstance(item, str) for item in items):
         raise UserError(f"{name}: {value} is neither a value nor a list of values")
     return "|".join(items)
+
+
+def _word(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{name} is {value}: it must be a text; put it in quotes")
+    return value
 
 
 def _mapping(value: Any, name: str) -> dict[str, Any]:
