@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,11 @@ import torch
 
 from tests.distributed import layouts, routes, saving, work
 from tests.distributed.measure import Arrays, distance, share
-from tests.distributed.world import World
+from tests.distributed.world import Worlds
 
 SIZES: dict[str, dict[str, int] | None] = {"uneven": None, "even": layouts.EVEN, "large": layouts.LARGE}
-WORLDS: dict[int, World] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def closing() -> Iterator[None]:
-    yield
-    for started in WORLDS.values():
-        started.close()
-    WORLDS.clear()
-
-
-def world(size: int) -> World:
-    return WORLDS.setdefault(size, World(size))
+world = Worlds()
+closing = world.closing()
 
 
 @lru_cache

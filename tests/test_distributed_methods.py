@@ -6,7 +6,7 @@ models are sharded as one, so that a step of all of them costs few collectives m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 
 from tests.distributed import layouts, work
 from tests.distributed.measure import Arrays, distance, share
-from tests.distributed.world import World
+from tests.distributed.world import Worlds
 
 
 class Layout(NamedTuple):
@@ -34,19 +34,8 @@ LAYOUTS = {
 }
 CODED = [name for name in work.METHODS if "8bit" in name]
 EXACT = [name for name in work.METHODS if name not in CODED]
-WORLDS: dict[int, World] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def closing() -> Iterator[None]:
-    yield
-    for started in WORLDS.values():
-        started.close()
-    WORLDS.clear()
-
-
-def world(size: int) -> World:
-    return WORLDS.setdefault(size, World(size))
+world = Worlds()
+closing = world.closing()
 
 
 def train(names: list[str], kind: str, run: Callable[..., Any]) -> Any:

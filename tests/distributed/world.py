@@ -7,7 +7,7 @@ import multiprocessing
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,29 @@ class World:
             process = context.Process(target=_serve, args=(theirs, rank, self.size, str(meeting)), daemon=True)
             process.start()
             self._ranks.append((process, ours))
+
+
+class Worlds:
+    """Worlds of some sizes, each made when it is first asked for; a module closes them when its tests are over."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, World] = {}
+
+    def __call__(self, size: int) -> World:
+        return self._made.setdefault(size, World(size))
+
+    def closing(self) -> Any:
+        """A fixture of a module that ends all ranks."""
+        import pytest  # not where ranks import this module
+
+        @pytest.fixture(scope="module", autouse=True)
+        def closing() -> Iterator[None]:
+            yield
+            for made in self._made.values():
+                made.close()
+            self._made.clear()
+
+        return closing
 
 
 def _received(pipe: Any) -> tuple[bool, Any]:
