@@ -95,7 +95,7 @@ function chart(holder, spec) {
   const y = scale(...spec.y.range, box.bottom, box.top);
   axes(root, box, x, y, spec);
   const clip = `clip-${holder.id}`;
-  svg("rect", { x: box.left, y: box.top - 8, width: box.right - box.left + 12, height: box.bottom - box.top + 8 },
+  svg("rect", { x: box.left - 8, y: box.top - 8, width: box.right - box.left + 20, height: box.bottom - box.top + 8 },
     svg("clipPath", { id: clip }, root));
   const layer = svg("g", { "clip-path": `url(#${clip})` }, root);
   const points = spec.draw(layer, x, y, box);

@@ -13,8 +13,8 @@ from ..report import COLOURS, MARKERS, subplots
 from ..rundir import Record
 
 LINES = ("-", "--", ":")
-NAMED = 12
-"""Series that a picture names; more names would cover it."""
+INSIDE, NAMED = 6, 12
+"""Series that a picture names inside its axes, and at all; more names would cover it."""
 
 
 def write_picture(path: Path, figures: Record) -> None:
@@ -60,10 +60,19 @@ def _curves(axis: Any, best: Sequence[Record], names: Sequence[str]) -> None:
     if shown:
         margin = 0.06 * (max(shown) - min(shown)) or 0.1
         axis.set_ylim(min(shown) - margin, max(shown) + margin)
-        more = f"and {len(best) - NAMED} more" if len(best) > NAMED else None
-        axis.legend(frameon=False, fontsize=9, title=more, title_fontsize=9)
+        _legend(axis, len(best))
     axis.set(xlabel="tokens", ylabel="loss (nats a token)", title="Validation loss of the best points")
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _legend(axis: Any, count: int) -> None:
+    """Name the series: inside the axes where a few names fit, or else those that have a name below all axes."""
+    text: dict[str, Any] = {"frameon": False, "fontsize": 9, "title_fontsize": 9}
+    if count <= INSIDE:
+        axis.legend(**text)
+        return
+    title = f"the {NAMED} best of {count}" if count > NAMED else None
+    axis.figure.legend(**text, title=title, loc="outside lower center", ncols=3)
 
 
 def _rates(axis: Any, rows: Sequence[Record]) -> None:
@@ -98,5 +107,8 @@ def _names(axis: Any, best: Sequence[Record], names: Sequence[str]) -> None:
     line, free = (high - low) / 24, low
     for row in sorted(best, key=lambda row: row["val_loss"]):
         free = max(free + line, row["val_loss"])
-        # A blank of its own width keeps the name off its mark, on either side.
-        axis.text(row["state_bytes"], free, f"{names[row['series']]}   ", fontsize=9, va="center", ha="right")
+        place, _ = (axis.transScale + axis.transLimits).transform((row["state_bytes"], row["val_loss"]))
+        side, away = ("right", -8) if place > 0.5 else ("left", 8)
+        text = {"fontsize": 9, "va": "center", "ha": side, "bbox": {"fc": "white", "ec": "none", "pad": 1}}
+        end = (row["state_bytes"], free)
+        axis.annotate(names[row["series"]], end, (away, 0), textcoords="offset points", **text)
