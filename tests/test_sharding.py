@@ -222,6 +222,31 @@ def test_a_step_sends_one_reduce_scatter_and_one_gather_of_r_where_the_projected
     assert counted(OPTIMIZERS["galore"], SHAPES["tall"], 1) == {"reduce_scatter": elements, "all_gather": elements}
 
 
+@pytest.mark.parametrize("name", ["galore", "fira", "apollo", "frugal-svd", "frugal-columns", "online"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_matrices_of_a_bucket_share_their_collectives(name: str, dim: int) -> None:
+    one, three = (calls(OPTIMIZERS[name], SHAPES["tall"], dim, count) for count in (1, 3))
+    assert three == one
+
+
+def calls(build: Build, shape: tuple[int, int], dim: int, count: int) -> int:
+    """Collectives of a step between two refreshes, of some matrices of one shape."""
+    seen: dict[str, int] = {}
+
+    def body() -> None:
+        make = placed(3, dim)
+        weights = [nn.Parameter(make(randn(*shape, dtype=torch.float64, seed=seed))) for seed in range(count)]
+        optimizer = build(weights)
+        for seed, grad in enumerate(gradients(shape)[:2]):
+            for weight in weights:
+                weight.grad = make(grad)
+            with Counting(seen if seed == 1 and dist.get_rank() == 0 else {}):
+                optimizer.step()
+
+    in_world(3, body)
+    return seen.get("calls", 0)
+
+
 def counted(build: Build, shape: tuple[int, int], dim: int) -> dict[str, int]:
     """Elements of the collectives of a step between two refreshes, of a matrix alone."""
     sent: dict[str, int] = {}
@@ -236,11 +261,12 @@ def counted(build: Build, shape: tuple[int, int], dim: int) -> dict[str, int]:
                 optimizer.step()
 
     in_world(3, body)
+    sent.pop("calls", None)
     return sent
 
 
 class Counting:
-    """Counts the elements of collectives of this process, in threads that take turns at none of them."""
+    """Counts collectives of this process and their elements, in threads that take turns at none of them."""
 
     def __init__(self, sent: dict[str, int]) -> None:
         self.sent = sent
@@ -267,6 +293,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
             sent = COUNTERS.get(dist.get_rank())
             if sent is not None:
                 sent[name] = sent.get(name, 0) + args[which].numel()
+                sent["calls"] = sent.get("calls", 0) + 1
             return run(*args, **options)
 
         return counted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from . import codec, linalg, sides
 from .basis import Dense
-from .layout import Layout
 from .rules import RULES, Work
 from .spec import Spec, counter
+from .together import batches, summed
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ BASIS_RULES = {"adam": "adamw", "sgd": "sgd", "lion": "lion", "adafactor": "adaf
 BETAS = {"adam": (0.9, 0.999), "sgd": (0.0, 0.0), "lion": (0.9, 0.99), "adafactor": (0.0, 0.999)}
 
 
-def pca_gradient(basis: Tensor, image: Tensor, adjoint: Tensor, ortho: float, layout: Layout) -> Tensor:
+def pca_gradient(basis: Tensor, adjoint: Tensor, grams: tuple[Tensor, Tensor], ortho: float) -> Tensor:
     """Gradient of `|A P P^T - A|^2 + lam |P^T P - I|^2` in P, for A of unit norm, without a matrix of A's size.
 
         Y = A P,  Z = A^T Y,  S = P^T P,  B = Y^T Y:    2 (Z S + P B - 2 Z) + 4 lam P (S - I)
@@ -36,13 +37,11 @@ def pca_gradient(basis: Tensor, image: Tensor, adjoint: Tensor, ortho: float, la
 
     Args:
         basis: P (b, r).
-        image: Y (a, r).
         adjoint: Z (b, r).
+        grams: S and B (r, r), overwritten.
         ortho: lam.
-        layout: Sums over shards.
     """
-    gram = layout.sum_cols(basis.T @ basis)  # (r, r)
-    captured = layout.sum_rows(image.T @ image)  # (r, r)
+    gram, captured = grams
     factor = captured.mul_(2).add_(gram, alpha=4 * ortho)
     factor.diagonal().sub_(4 * ortho)
     gram.mul_(2).diagonal().sub_(4)
@@ -72,27 +71,59 @@ class Descent:
         return cls(hyper, h.proj_weight_decay, h.ortho)
 
 
-def descend_(b: Bucket, index: int, low: Tensor) -> None:
-    """`P <- (1 - e wd) P - e D` for one matrix, D the direction of the basis' rule on `pca_gradient`.
+def descend_(b: Bucket, low: Tensor) -> None:
+    """`P <- (1 - e wd) P - e D` for the matrices of a bucket, D the direction of the basis' rule on `pca_gradient`.
 
     A zero or non-finite gradient leaves P and its moments as they are (on a GPU, where asking would synchronise, it
     counts as one without direction). So does the step that found P: there the gradient is rounding noise, which the
     rules would blow up.
+
+    Args:
+        b: The bucket.
+        low: R (k, a, r), all rows of it.
     """
-    held, matrix, how = b.states[index], b.matrix(index), Descent.of(b.hyper)
-    norm = torch.linalg.vector_norm(matrix, dtype=b.dtype)
-    if not b.layout.alone:
-        norm = b.layout.sum_all(norm.square()).sqrt()
-    usable = norm.isfinite() & (norm > 0)
-    if b.fresh[index] or (norm.device.type == "cpu" and not usable):
-        return
-    norm = torch.where(usable, norm, 1.0)
+    moving = [index for index, ready in enumerate(b.ready) if ready is None and not b.fresh[index]]
+    norms, how = _norms(b, moving), Descent.of(b.hyper)
+    usable = {index: norm.isfinite() & (norm > 0) for index, norm in norms.items()}
+    on_host = low.device.type == "cpu"
+    if on_host:
+        moving = [index for index in moving if usable[index]]
+    norms = {index: torch.where(usable[index], norms[index], 1.0) for index in moving}
+    for batch in batches(b.layout, moving):
+        for index, adjoint, grams in _products(b, low, norms, batch):
+            grad = pca_gradient(b.states[index]["basis"], adjoint, grams, how.ortho)
+            _move_(b, index, grad if on_host else torch.where(usable[index], grad, 0.0), how)
+
+
+def _norms(b: Bucket, chosen: list[int]) -> dict[int, Tensor]:
+    """|A| of some gradients, whole."""
+    if not chosen:
+        return {}
+    norms = torch.stack([torch.linalg.vector_norm(b.grads[index], dtype=b.dtype) for index in chosen])
+    norms = norms if b.layout.alone else b.layout.sum_all(norms.square()).sqrt()
+    return dict(zip(chosen, norms.unbind(), strict=True))
+
+
+def _products(
+    b: Bucket, low: Tensor, norms: dict[int, Tensor], batch: list[int]
+) -> Iterator[tuple[int, Tensor, tuple[Tensor, Tensor]]]:
+    """Z (b, r), S and B (r, r) of some matrices, for A of unit norm: two collectives for all, where there are any."""
+    adjoint, captured = [], []
+    for index in batch:
+        image = (-low[index] if b.hyper.maximize else low[index]) / norms[index]  # Y, whatever sign the weights follow
+        adjoint.append(linalg.product(b.matrix(index).T, image) / norms[index])
+        captured.append(image.T @ image)
+    rows = summed(b.layout.sum_rows, [*adjoint, *captured])
+    bases = [b.states[index]["basis"] for index in batch]
+    grams = summed(b.layout.sum_cols, [basis.T @ basis for basis in bases])
+    for index, z, s, y in zip(batch, rows, grams, rows[len(batch) :], strict=False):
+        yield index, z, (s, y)
+
+
+def _move_(b: Bucket, index: int, grad: Tensor, how: Descent) -> None:
+    """One step of the basis' own optimizer."""
+    held = b.states[index]
     basis, rule, lr = held["basis"], RULES[how.hyper.rule], how.hyper.lr
-    image = (-low if b.hyper.maximize else low) / norm  # Y, whatever sign the weights follow
-    adjoint = b.layout.sum_rows(linalg.product(matrix.T, image) / norm)
-    grad = pca_gradient(basis, image, adjoint, how.ortho, b.layout)
-    if grad.device.type != "cpu":
-        grad = torch.where(usable, grad, 0.0)
     held[f"{PREFIX}step"] += 1
     moments = {name: held[PREFIX + name] for name in rule.buffers(tuple(basis.shape), how.hyper)}
     direction = torch.empty_like(grad)

@@ -29,6 +29,7 @@ from .apply import count_step
 from .basis import DENSE
 from .bucket import Bucket
 from .plain import plain_
+from .together import summed
 from .verbs import move_back_, scaled_rows
 
 FREE_RULES = ("signsgd", "sgd", "none", "freeze")
@@ -120,9 +121,10 @@ def descend_(b: Bucket, step: Tensor, low: Tensor, sound: Tensor, free: Free) ->
         step = b.layout.gather(step, b.view.a)
     elif b.layout.dealt:  # all rows of [N | R]
         step, low = b.layout.gather(torch.cat([step, low], dim=2), b.view.a).chunk(2, dim=2)
+    norms = _row_norms(b, low.dtype) if free.rule == "signsgd" and not b.basis.picks else []
     for index, target in enumerate(b.targets()):
-        if free.rule == "signsgd" and not b.basis.picks:
-            residual: Scaled | Signed | None = _of_remainder(b, index, low[index], sound[index], free)
+        if norms:
+            residual: Scaled | Signed | None = _of_remainder(b, index, low[index], norms[index], sound[index], free)
         else:
             residual = _of_gradient(b, index, sound[index], free)
         if isinstance(residual, Signed) and free.complement and not b.basis.picks:
@@ -139,16 +141,21 @@ def _of_gradient(b: Bucket, index: int, sound: Tensor, free: Free) -> Scaled | S
     return Signed(b.natural(index), sound, -free.scale if b.hyper.maximize else free.scale)
 
 
-def _of_remainder(b: Bucket, index: int, low: Tensor, sound: Tensor, free: Free) -> Signed:
+def _row_norms(b: Bucket, dtype: torch.dtype) -> list[Tensor]:
+    """Norms of the rows (a,) of every gradient."""
+    squares = [row_squares(b.matrix(index), dtype) for index in range(len(b.params))]
+    return [total.sqrt_() for total in summed(b.layout.sum_cols, squares)]
+
+
+def _of_remainder(b: Bucket, index: int, low: Tensor, norms: Tensor, sound: Tensor, free: Free) -> Signed:
     """`s_f sign(A - R P^T)`; a sign of rounding errors would count as much as any other, and is left out."""
-    held, matrix = b.states[index], b.matrix(index)
+    held = b.states[index]
     basis = b.basis.columns(held, b.gemm_dtype)
     left = DENSE.left(held, low.dtype)
     if left is not None:
         low = left @ low  # (a, r)
     low = -low if b.hyper.maximize else low
     roundings = sum(n * torch.finfo(dtype).eps for n, dtype in zip(NOISE, (basis.dtype, low.dtype), strict=True))
-    norms = b.layout.sum_cols(row_squares(matrix, low.dtype)).sqrt_()
     floor = norms * (roundings / b.whole.b**0.5)  # (a,)
     plain = _of_gradient(b, index, sound, free)
     assert isinstance(plain, Signed)

@@ -77,10 +77,11 @@ def follow(b: Bucket, low: Tensor) -> None:
     if not b.hyper.chooses.follows:
         return
     low = b.layout.gather(low, b.view.a)
+    if b.hyper.projector == "descend":
+        descend_(b, low)
+        return
     for index, held in enumerate(b.states):
-        if b.ready[index] is None and b.hyper.projector == "descend":
-            descend_(b, index, low[index])
-        elif b.ready[index] is None and held["until_refresh"].item() <= 0:
+        if b.ready[index] is None and held["until_refresh"].item() <= 0:
             _track(b, index, low[index])
 
 
