@@ -160,7 +160,7 @@ def test_step_time_prints_both_tables_and_writes_the_figures(tmp_path):
     ):
         assert text in run.stdout
     (figures,) = json.loads((tmp_path / "figures.json").read_text())["runs"]
-    assert set(figures["floors"]) == {"pass", "products", "descent"}
+    assert set(figures["floors"]) == {"pass", "columns", "product", "products", "descent"}
     ours = figures["projected"][0]
     assert ours["name"] == "GaLore"
     assert ours["floor"] == figures["floors"]["products"]
