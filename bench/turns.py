@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -103,6 +104,7 @@ def take_turns(
 
 def peak_bytes(stepper: Stepper) -> int:
     """Bytes that one step allocates at most at a time, by the allocator's own record."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read by the first profile, whose notes would come between tables
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(activities=kinds, profile_memory=True) as recorded:
         stepper.step()
