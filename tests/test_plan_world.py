@@ -289,6 +289,8 @@ def test_command_prints_and_writes_one_rank_beside_adamw(tmp_path: Any) -> None:
     assert adamw["state"]["moments"] == 4 * adamw["weights"]
     assert (ours["step"]["elements"], adamw["step"]["elements"]) == (0, 0)
     assert ours["refresh"]["calls"] > 0
+    shared = lowmem("plan", *flags, "--world=4", "--parallel=ddp", "--replicas", cwd=tmp_path)
+    assert shared.returncode == 0, shared.stderr  # AdamW beside it has no bases to share
     for flag, of in ((["--world=8", "--budget=3"], "--budget"), (["--kept"], "--kept")):
         refused = lowmem("plan", *flags, *flag, cwd=tmp_path)
         assert refused.returncode == 1
