@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowmem.kernels import tiles
 from lowmem.optim import LISA, BAdam, Frugal, GaLore, param_groups
-from lowmem.optim.core import blocks
+from lowmem.optim.core import blocks, selection
 from lowmem.optim.core.projector import PROJECTORS
 from lowmem.optim.core.state import is_counter
 from torch import Tensor, nn
@@ -927,3 +927,10 @@ def test_entries_that_four_bytes_do_not_number_are_refused() -> None:
     weight = Parameter(torch.empty(1 << 16, 1 << 15, device="meta"))
     with pytest.raises(ValueError, match=r"2147483648 coordinates .* choose projector='columns'"):
         Frugal([weight], density=0.01, projector="randk").summary()
+
+
+@pytest.mark.parametrize("name", ["inactive_lr_scale", "reset_statistics", "is_proj_params"])
+def test_options_of_the_authors_groups_are_refused_with_ours_named(name: str) -> None:
+    group = {"params": [Parameter(torch.zeros(8, 6))], "density": 0.5, name: True}
+    with pytest.raises(ValueError, match=rf"got {name}=True, .* say it by {selection.THEIRS[name]}"):
+        Frugal([group])

@@ -23,6 +23,16 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rule": ("adamw", "lion", "rmsprop", "sgd"),
 }
 
+THEIRS = {
+    "inactive_lr_scale": "free_scale",
+    "inactive_update_rule": "free_rule",
+    "proj_params_lr_scale": "scale",
+    "reset_statistics": "carry",
+    "coord_choice": "projector",
+    "is_proj_params": "density",
+}
+"""Options of the authors' groups, and ours that mean it in other values."""
+
 Group = Mapping[str, Any]
 
 
@@ -62,6 +72,8 @@ def check(group: Group) -> None:
     Raises:
         ValueError: One is out of range, or contradicts another.
     """
+    for name in (name for name in THEIRS if name in group):
+        raise ValueError(f"got {name}={group[name]!r}, an option of the authors' code: say it by {THEIRS[name]}")
     check_choices(group, CHOICES)
     check_density(group["density"], group["rank"])
     if not 0.0 <= group["free_scale"] < float("inf"):
