@@ -133,9 +133,7 @@ def step_time(
     peers: Annotated[bool, typer.Option("--peers", help='Time the neighbours too (extra "peers").')] = False,
     methods: Annotated[bool, typer.Option("--methods", help="Time every method of the package.")] = False,
     eight_bit: Annotated[bool, typer.Option("--eight-bit", help="Time moments in 8 bits too.")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="JSON file for the figures, with a picture beside.", show_default="not written")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file, with a picture.", show_default="not written")] = None,
 ) -> None:
     """Time optimizer steps side by side: floors, ours, torch's, the neighbours."""
     for one in dtype.split(","):
