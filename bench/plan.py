@@ -75,7 +75,8 @@ def plan_ranks(settings: Settings, world: World, out: Path | None = None) -> dic
         UserError: The optimizer does not step such parameters, or FSDP2 could not place them.
     """
     adamw = replace(settings, optimizer="adamw8bit", options={"state_dtype": "float32"})
-    plans = {settings.title: _rank(settings, world), "AdamW, fp32 moments": _rank(adamw, replace(world, replicas=False))}
+    alone = replace(world, replicas=False)  # it has no bases to share
+    plans = {settings.title: _rank(settings, world), "AdamW, fp32 moments": _rank(adamw, alone)}
     figures = {
         "model": settings.model,
         "dtype": settings.dtype,
