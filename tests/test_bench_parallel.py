@@ -217,7 +217,7 @@ def test_a_resume_has_the_batches_of_its_run(readers, each, message, tmp_path):
 BAD = {
     "heads that do not divide": (3, ["--parallel=tp"], "splits num_attention_heads, which is 4, into 3 equal parts"),
     "an option that is refused": (2, ["--parallel=fsdp2", "--rank=0"], "rank"),
-    "a method that is not sharded": (2, ["--parallel=fsdp2", "--rule=adafactor"], "choose 'adamw'"),
+    "codes of rows that are cut": (2, ["--parallel=tp", "--state-dtype=8bit", "--rank=128"], "shard rows"),
     "divergence": (2, ["--parallel=ddp", "--lr=1e38", "--grad-clip=0", "--warmup=0"], "lower --lr"),
 }
 
