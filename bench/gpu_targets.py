@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .measure import amortised
+
 GAP = 200
 
 
@@ -31,7 +33,8 @@ def targets(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     Yields:
         One record a model and target: `ratio` and `met`, or `missing`, the contender without a time.
     """
-    times = {(row["model"], row["optimizer"]): amortised(row) for row in rows if "ms" in row}
+    timed = [row for row in rows if "ms" in row]
+    times = {(row["model"], row["optimizer"]): amortised(row["ms"], row.get("refresh_ms"), GAP) for row in timed}
     for model in MODELS:
         for target in TARGETS:
             record = {"model": model, "ours": target.ours, "theirs": target.theirs, "most": target.most}
@@ -41,9 +44,3 @@ def targets(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 continue
             ratio = times[model, target.ours] / times[model, target.theirs]
             yield record | {"ratio": ratio, "met": ratio <= target.most}
-
-
-def amortised(row: dict[str, Any]) -> float:
-    """Mean milliseconds of a step over an interval with one refresh of every basis."""
-    refresh = row.get("refresh_ms")
-    return float(row["ms"] if refresh is None else row["ms"] + (refresh - row["ms"]) / GAP)

@@ -28,6 +28,11 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
     return 1e3 * (now(device) - start)
 
 
+def amortised(step: float, refresh: float | None, gap: int) -> float:
+    """Return the mean of the steps of an interval of `gap` steps, one of which refreshes every basis."""
+    return step if refresh is None else step + (refresh - step) / gap
+
+
 def peak_memory(device: torch.device) -> int:
     """Return the peak bytes so far: allocated on the GPU, or resident in this process on a CPU."""
     if device.type == "cuda":

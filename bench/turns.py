@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from .measure import timed
+from .measure import amortised, timed
 from .optimizers import state_bytes
 from .peers import Contender, Stepper
 
@@ -48,7 +48,7 @@ class Timing:
 
     def amortised(self, gap: int) -> float:
         """Mean step over an interval with one refresh of every basis."""
-        return self.plain if self.refresh is None else self.plain + (self.refresh - self.plain) / gap
+        return amortised(self.plain, self.refresh, gap)
 
 
 def take_turns(

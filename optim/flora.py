@@ -13,9 +13,9 @@ from ..kernels import EVERYWHERE
 from ..kernels.rounding import ROUNDINGS
 from .core import adafactor, codec
 from .core.bucket import Bucket
-from .core.free import product
 from .core.hyper import scalar
 from .core.lifecycle import Lifecycle
+from .core.linalg import product_in
 from .core.seeded import DISTRIBUTIONS, SeededBasis, shortest_window
 from .core.spec import Spec, counter
 from .core.validate import check_choices, check_rank
@@ -133,7 +133,7 @@ class Flora(Lifecycle):
             whole = whiten(b, index, o)  # U_t = G_t / sqrt(V_t)                                      (m, n)
             update = b.view.orient(whole)  #                                                          (a, b)
             old, new = bases(b, index, o)  # P_{t-1}, P_t                                             (b, r)
-            low = layout.reduce(product(update, new, gemm)[None])[0]  # U_t P_t                       (a, r)
+            low = layout.reduce(product_in(gemm, update, new)[None])[0]  # U_t P_t                       (a, r)
             moment = codec.load(held, "exp_avg", o.state_dtype, b.dtype)  # C_{t-1}                   (a, r)
             past = layout.gather(moment[None], b.view.a)[0]
             blend_(update, past.to(gemm), old.to(gemm), beta1)  # (1-b1) U_t + b1 C_{t-1} P_{t-1}^T   (a, b)

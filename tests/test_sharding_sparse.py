@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from tests import test_plan_world as plans
 from tests.helpers import randn
-from tests.test_sharding import GAP, LR, RANK, STEPS, Build, compare, gradients, in_world, placed
+from tests.test_sharding import GAP, LR, RANK, STEPS, Build, compare, gradients, in_world, placed, stepped_badly
 
 SHAPES = {"query": (24, 15), "key": (16, 28)}
 LOW: dict[str, Any] = {"rank": RANK, "update_proj_gap": GAP, "lr": LR, "weight_decay": 0.1}
@@ -271,16 +271,7 @@ def test_a_distributed_checkpoint_is_read_into_a_fresh_optimizer(flatten: bool, 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), 1e200])
 def test_a_bad_gradient_leaves_finite_weights_everywhere(name: str, dim: int, bad: float) -> None:
     def body() -> None:
-        make = placed(3, dim)
-        weight = nn.Parameter(make(randn(*SHAPES["query"], dtype=torch.float64)))
-        optimizer = OPTIMIZERS[name]([weight])
-        for step, grad in enumerate(gradients(SHAPES["query"])):
-            seen = grad.clone()
-            if step in (0, 2, 4, 6):
-                seen[3, 2] = bad
-                seen *= bad != 0
-            weight.grad = make(seen)
-            optimizer.step()
+        weight, optimizer = stepped_badly(OPTIMIZERS[name], SHAPES["query"], dim, bad, (0, 2, 4, 6))
         assert weight.full_tensor().isfinite().all()
         index = optimizer.state[weight]["basis" if "randk" in name else "residual_index"].full_tensor()
         assert len(index.unique()) == len(index) == (108 if "randk" in name else 36)

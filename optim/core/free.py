@@ -25,6 +25,7 @@ from ...kernels.reference import Scaled, Signed
 from ...kernels.reference import residual as remainder
 from ...kernels.statistics import row_squares
 from ...kernels.tiles import tiles
+from . import linalg
 from .apply import count_step
 from .basis import DENSE
 from .bucket import Bucket
@@ -174,14 +175,9 @@ def _inside(b: Bucket, index: int, residual: Signed) -> Tensor:
         assert isinstance(free, Tensor)
         if b.view.transposed:
             rows, cols, free = cols, rows, free.T
-        part = product(free, basis[cols], gemm)
+        part = linalg.product_in(gemm, free, basis[cols])
         if left is None:
             inside[rows] += part
         else:
-            inside += product(left[rows].T, part, gemm)
+            inside += linalg.product_in(gemm, left[rows].T, part)
     return b.layout.sum_cols(inside) if left is None else b.layout.sum_all(inside)
-
-
-def product(one: Tensor, other: Tensor, gemm: torch.dtype) -> Tensor:
-    """A product in the dtype `gemm`, in the dtype of the first factor."""
-    return (one.to(gemm) @ other.to(gemm)).to(one.dtype)

@@ -79,6 +79,11 @@ def product(matrix: Tensor, thin: Tensor) -> Tensor:
     return (matrix @ thin.to(matrix.dtype)).to(thin.dtype)
 
 
+def product_in(gemm: torch.dtype, one: Tensor, other: Tensor) -> Tensor:
+    """Multiply in the dtype `gemm`, return in the dtype of the first factor."""
+    return (one.to(gemm) @ other.to(gemm)).to(one.dtype)
+
+
 def range_finder(
     matrix: Tensor,
     start: Tensor,
