@@ -32,7 +32,7 @@ def captured_energy(params: Sequence[Tensor], rank: int, at_most: int = 12) -> d
         best = _energy(matrix, linalg.exact_basis(matrix, rank, scale.double()).float())
         old = linalg.orthonormal(random.normal(index, view.b, rank, matrix.device))
         for kind, start in ((cold, None), (warm, old)):
-            found = sketch(Request(matrix, scale, view, view, Layout(), random.mix(index), start))
+            (found,) = sketch([Request(matrix, scale, view, view, Layout(), random.mix(index), start)])
             kind.append(_energy(matrix, found.basis) / best)
     return {
         "cold_min": min(cold),

@@ -6,7 +6,7 @@ send, and what they allocate and pass to collectives is counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch.utils.flop_counter import flop_registry
 
 from ..optim.core import linalg
 from ..optim.core.bucket import Plan as Bucket
+from ..optim.core.layout import Layout
 from ..optim.core.lifecycle import Lifecycle
+from ..optim.core.linalg import unfinished
 from ..optim.core.sharding import local
 from ..optim.core.state import zeros
 from ..optim.plan import KINDS, Watch, by_kind
@@ -102,17 +104,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-class _Unreached:
-    """In the place of the share of energy at which a search ends early: one that is never reached."""
-
-    def __mul__(self, _: Any) -> _Unreached:
-        return self
-
-    def __gt__(self, _: Any) -> bool:
-        return True
-
-    def __le__(self, _: Any) -> bool:
-        return False
+def _all_unfinished(energies: Tensor, images: Sequence[Tensor], layout: Layout) -> list[int]:
+    """In the place of the search for those whose iteration may end early: of the worst case none does."""
+    unfinished(energies, images, layout)
+    return list(range(len(images)))
 
 
 def rank_plan(model: nn.Module, make: Callable[[nn.Module], Optimizer], world: World) -> RankPlan:
@@ -129,7 +124,7 @@ def rank_plan(model: nn.Module, make: Callable[[nn.Module], Optimizer], world: W
     """
     elements = sum(param.numel() for param in model.parameters())
     whole = sum(param.nbytes for param in model.parameters())
-    with pretended(world) as mesh, pieces_of("cuda"), replaced([(linalg, "ENOUGH", _Unreached())]):
+    with pretended(world) as mesh, pieces_of("cuda"), replaced([(linalg, "unfinished", _all_unfinished)]):
         if world.parallel != "ddp":
             place(model, mesh, world)
         optimizer = make(model)

@@ -15,7 +15,7 @@ from torch.optim import adagrad, adam, sgd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..kernels import moments, random, tiles
-from .core import bucket
+from .core import bucket, refresh
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -177,6 +177,7 @@ def pieces_of(device: str) -> Iterator[None]:
     where += [(module, CHECK, _accept) for module in (adam, sgd, adagrad) if hasattr(module, CHECK)]
     if device == "cpu":
         where += [(bucket, "GPU_BUFFER", bucket.CPU_BUFFER), (tiles, "GPU_CHUNK", tiles.CHUNK)]
+        where += [(refresh, "GPU_BATCH", refresh.CPU_BATCH)]
     with replaced(where):
         yield
 

@@ -209,7 +209,8 @@ def test_groups_with_and_without_a_rank_of_their_own_go_together() -> None:
 
 
 def identity_basis(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = projectors.Projector(lambda request: Bases(torch.eye(request.view.b, dtype=request.matrix.dtype)))
+    eye = projectors.each(lambda request: Bases(torch.eye(request.view.b, dtype=request.matrix.dtype)))
+    find = projectors.Projector(eye)
     monkeypatch.setitem(projectors.PROJECTORS, "sketch", find)
 
 

@@ -261,7 +261,7 @@ def test_eigenvectors_survive_a_failed_convergence(monkeypatch: pytest.MonkeyPat
 def test_the_range_finder_recovers_a_low_rank_row_space(a: int, b: int, seed: int, data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, min(a, b)))
     matrix = randn(a, rank, seed=seed) @ randn(rank, b, seed=seed + 1)
-    found, image = linalg.range_finder(matrix, randn(b, rank, seed=seed + 2), 2, largest(matrix))
+    (found,), (image,) = linalg.range_finder([matrix], [randn(b, rank, seed=seed + 2)], 2, [largest(matrix)])
     assert orthonormality_error(found) <= 1e-10
     torch.testing.assert_close(image * largest(matrix), matrix @ found)
     assert captured_energy(matrix, found) >= linalg.ENOUGH * best_rank_energy(matrix, rank)
@@ -272,7 +272,7 @@ def test_the_range_finder_recovers_a_low_rank_row_space(a: int, b: int, seed: in
 def test_ritz_vectors_are_the_best_directions_of_a_span_largest_first(a: int, b: int, seed: int) -> None:
     matrix = falling(a, b, seed)
     columns = linalg.orthonormal(randn(b, 4, seed=seed))
-    vectors, image = linalg.ritz(columns, matrix @ columns, 2)
+    (vectors,), (image,) = linalg.ritz([columns], [matrix @ columns], 2)
     assert orthonormality_error(vectors) <= 1e-10
     torch.testing.assert_close(image, matrix @ vectors)
     energies = (matrix @ vectors).square().sum(0)
@@ -284,8 +284,8 @@ def test_the_range_finder_goes_on_until_it_holds_enough() -> None:
     flat, steep = randn(40, 30), randn(40, 3) @ randn(3, 30)
     for matrix, stops in ((flat, False), (steep, True)):
         start, scale = randn(30, 12), largest(matrix)
-        once, _ = linalg.range_finder(matrix, start, 1, scale)
-        thrice, _ = linalg.range_finder(matrix, start, 3, scale)
+        (once,), _ = linalg.range_finder([matrix], [start], 1, [scale])
+        (thrice,), _ = linalg.range_finder([matrix], [start], 3, [scale])
         assert torch.equal(once, thrice) is stops
         held = captured_energy(matrix, once) / matrix.square().sum()
         assert bool(held >= linalg.ENOUGH) is stops

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowmem.optim import GaLore
 from lowmem.optim.core import projector as projectors
+from lowmem.optim.core import refresh
 from lowmem.optim.core.basis import Bases
 from lowmem.optim.core.carry import carry_factored
 from lowmem.optim.core.change import Turn
@@ -81,7 +82,8 @@ def assert_all_finite(optimizer: torch.optim.Optimizer) -> None:
 
 def inject(monkeypatch: pytest.MonkeyPatch, basis: Callable[[Request], Tensor]) -> None:
     """Replace the sketch by a basis of our choice."""
-    injected = projectors.Projector(lambda request: Bases(basis(request).to(request.matrix.dtype)))
+    found = projectors.each(lambda request: Bases(basis(request).to(request.matrix.dtype)))
+    injected = projectors.Projector(found)
     monkeypatch.setitem(projectors.PROJECTORS, "sketch", injected)
 
 
@@ -249,6 +251,33 @@ def test_the_basis_changes_exactly_every_gap_steps_and_missing_gradients_do_not_
         basis, counted = now, counted + 1
     assert optimizer.state[params[0]]["step"] == counted
     assert optimizer.state[params[0]]["refreshes"] == math.ceil(counted / 3)
+
+
+@pytest.mark.parametrize("carry", ["rotate", "keep"])
+@pytest.mark.parametrize("options", [{}, {"proj_type": "full"}, {"basis_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_bases_found_together_are_those_found_one_by_one(
+    projector: str, options: dict[str, Any], carry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where factorisations are shared: one refresh is left out, and one iteration ends early."""
+    if options.get("basis_dtype") and projector == "track":
+        pytest.skip("track keeps its bases exact")
+
+    def train() -> list[Tensor]:
+        weights = [randn(9, 7, seed=seed, dtype=torch.float64) for seed in range(4)]
+        optimizer, params = build(weights, update_proj_gap=2, projector=projector, carry=carry, eps=1e-6, **options)
+        for step in range(7):
+            grads = [falling(9, 7, 10 * step + index) for index in range(4)]
+            grads[1] = randn(9, 3, seed=step, dtype=torch.float64) @ randn(3, 7, dtype=torch.float64)
+            if step in (0, 4):
+                grads[2].zero_()
+            feed(optimizer, params, list(grads))
+        assert optimizer.skipped_refreshes() > 0
+        return [param.detach() for param in params]
+
+    alone = train()
+    monkeypatch.setattr(refresh, "CPU_BATCH", 1 << 20)
+    torch.testing.assert_close(train(), alone, rtol=0, atol=1e-10)
 
 
 def worst_orthonormality(shape: tuple[int, int], dtype: torch.dtype, seed: int, **options: Any) -> float:

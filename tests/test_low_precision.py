@@ -305,13 +305,13 @@ def test_a_basis_in_few_bits_keeps_lengths_and_nearly_its_span(
     basis = torch.linalg.qr(randn(*shape)).Q
     described = compact.specs("basis", shape, dtype, torch.device("cpu"))
     codes, scale = (torch.zeros(spec.shape, dtype=spec.dtype) for spec in described.values())
-    compact.write(codes, scale, basis)
+    compact.write([codes], [scale], basis[None])
     found = compact.read(codes, scale, torch.float32)
     torch.testing.assert_close(found.norm(dim=0), torch.ones(shape[1]), rtol=1e-5, atol=0)
     assert (basis.T @ torch.linalg.qr(found).Q).square().sum() / shape[1] > overlap
     assert torch.linalg.matrix_norm(found.T @ found - torch.eye(shape[1]), 2) < skew
     again = codes.clone()
-    compact.write(again, scale.clone(), found)
+    compact.write([again], [scale.clone()], found[None])
     assert torch.equal(again, codes)
 
 

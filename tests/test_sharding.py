@@ -21,11 +21,12 @@ from lowmem.optim import (
     Flora,
     Frugal,
     GaLore,
+    GaLorePlus,
     LowRank,
     OnlineSubspaceDescent,
     SubspaceAccumulator,
 )
-from lowmem.optim.core import refresh
+from lowmem.optim.core import bucket, refresh
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -229,22 +230,70 @@ def test_the_matrices_of_a_bucket_share_their_collectives(name: str, dim: int) -
     assert three == one
 
 
-def calls(build: Build, shape: tuple[int, int], dim: int, count: int) -> int:
-    """Collectives of a step between two refreshes, of some matrices of one shape."""
+REFRESHED: dict[str, Build] = {
+    **{name: OPTIMIZERS[name] for name in ("galore", "galore-track", "galore-reverse", "fira", "apollo", "online")},
+    "int8": lambda p: GaLore(p, rank=RANK, update_proj_gap=GAP, basis_dtype="int8"),
+    "both sides": lambda p: GaLore(p, rank=RANK, update_proj_gap=GAP, proj_type="full"),
+    "lazy": lambda p: GaLore(p, rank=RANK, update_proj_gap=GAP, lazy=0.9),
+    "dct": lambda p: GaLore(p, rank=RANK, update_proj_gap=GAP, projector="dct"),
+    "heads": lambda p: GaLorePlus(
+        [{"params": p, "rank": RANK, "projector": "cross_head", "num_heads": 4, "head_select": "max_norm"}],
+        update_proj_gap=GAP,
+    ),
+    "fused heads": lambda p: GaLorePlus(
+        [{"params": p, "rank": RANK, "projector": "cross_head", "num_heads": [(8, 2), (16, 4)]}], update_proj_gap=GAP
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFRESHED)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("step", [0, GAP], ids=["first", "later"])
+def test_the_refreshes_of_a_bucket_share_their_collectives(name: str, dim: int, step: int) -> None:
+    one, three = (calls(REFRESHED[name], SHAPES["tall"], dim, count, step) for count in (1, 3))
+    assert three == one + (2 if (name, dim) == ("dct", 1) else 0)  # there A D is of the gradient's size
+
+
+def calls(build: Build, shape: tuple[int, int], dim: int, count: int, step: int = 1) -> int:
+    """Collectives of a step, by default one between two refreshes, of some matrices of one shape."""
     seen: dict[str, int] = {}
 
     def body() -> None:
         make = placed(3, dim)
         weights = [nn.Parameter(make(randn(*shape, dtype=torch.float64, seed=seed))) for seed in range(count)]
         optimizer = build(weights)
-        for seed, grad in enumerate(gradients(shape)[:2]):
+        for number, grad in enumerate(gradients(shape)[: step + 1]):
             for weight in weights:
                 weight.grad = make(grad)
-            with Counting(seen if seed == 1 and dist.get_rank() == 0 else {}):
+            with Counting(seen if number == step and dist.get_rank() == 0 else {}):
                 optimizer.step()
 
     in_world(3, body)
     return seen.get("calls", 0)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_uneven_pieces_are_cut_into_the_same_buckets_on_every_rank(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 7 rows, 3, 3 and 1: by its own rows the last rank would take more matrices at a time than the others."""
+    monkeypatch.setattr(bucket, "CPU_BUFFER", 3 * RANK * 2)
+    build, shape = OPTIMIZERS["fira"], SHAPES["square"]
+
+    def train(make: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        weights = [nn.Parameter(make(randn(*shape, dtype=torch.float64, seed=seed))) for seed in range(count)]
+        optimizer = build(weights)
+        for grad in gradients(shape):
+            for number, weight in enumerate(weights):
+                weight.grad = make(grad * (number + 1))
+            optimizer.step()
+        return [weight.detach() for weight in weights]
+
+    dense = train(torch.clone)
+
+    def body() -> None:
+        for ours, theirs in zip(train(placed(3, 0)), dense, strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs, rtol=0, atol=1e-9)
+
+    in_world(3, body)
 
 
 def counted(build: Build, shape: tuple[int, int], dim: int) -> dict[str, int]:
@@ -313,7 +362,7 @@ def test_replicas_share_the_search_for_bases(
         pytest.skip("projected from both sides: GaLore")
     shapes = [(24, 15), (24, 15), (13, 28)]
     searches: list[int] = []
-    monkeypatch.setattr(refresh, "_find", lambda *args, run=refresh._find: searches.append(1) or run(*args))
+    monkeypatch.setattr(refresh, "_find", lambda *args, run=refresh._find: searches.extend(args[1]) or run(*args))
 
     def train(replicas: Any) -> list[Tensor]:
         params = [nn.Parameter(randn(*shape, seed=i, dtype=torch.float64)) for i, shape in enumerate(shapes)]

@@ -10,6 +10,7 @@ A change of basis is seen by the moments as a `Turn` (a matrix of overlaps) or a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from . import compact, linalg
 from .change import Change, Turn
 from .layout import ALONE, Layout
 from .spec import Spec
+from .together import summed
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -89,8 +91,8 @@ class Basis(ABC):
         """Make a basis where no gradient tells one."""
 
     @abstractmethod
-    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Change:
-        """Compare the basis in use with a new one."""
+    def changes(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> list[Change]:
+        """Compare the bases in use with new ones, matrix by matrix."""
 
     @abstractmethod
     def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
@@ -108,11 +110,12 @@ class Basis(ABC):
         """This rank's rows of P (b x r) as one matrix of a given dtype, for bases that are one."""
         raise NotImplementedError(f"{type(self).__name__} is not one matrix P")
 
-    def store(self, held: State, new: Bases, layout: Layout = ALONE) -> None:
-        """Take the new basis over."""
-        for name, value in zip(self.names, new, strict=False):
-            if value is not None:
-                held[name].copy_(value)
+    def store(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> None:
+        """Take new bases over."""
+        for state, bases in zip(held, new, strict=True):
+            for name, value in zip(self.names, bases, strict=False):
+                if value is not None:
+                    state[name].copy_(value)
 
 
 class Dense(Basis):
@@ -140,14 +143,16 @@ class Dense(Basis):
         """Q of a full projection."""
         return self.read(held, dtype, "basis_left") if "basis_left" in held else None
 
-    def store(self, held: State, new: Bases, layout: Layout = ALONE) -> None:
-        """Take the new basis over."""
-        for name, value in zip(self.names, new, strict=False):
-            if value is not None and name + compact.SCALE in held:
+    def store(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> None:
+        """Take new bases over."""
+        if not held or "basis" + compact.SCALE not in held[0]:
+            super().store(held, new, layout)
+            return
+        for name, parts in zip(self.names, zip(*new, strict=True), strict=False):
+            if name in held[0]:
+                scales = [state[name + compact.SCALE] for state in held]
                 lies = layout if name == "basis" else layout.flipped
-                compact.write(held[name], held[name + compact.SCALE], value, lies)
-            elif value is not None:
-                held[name].copy_(value)
+                compact.write([state[name] for state in held], scales, linalg.stacked(parts), lies)
 
     def arbitrary(self, view: MatrixView, seed: int, device: torch.device) -> Bases:
         """Random orthonormal columns."""
@@ -157,13 +162,17 @@ class Dense(Basis):
         )
         return Bases(*found)
 
-    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Turn:
-        """Overlaps of old and new directions."""
-        dtype = new.basis.dtype
-        right = layout.sum_cols(new.basis.T @ self.read(held, dtype))  # (r, r)
-        if new.left is None:
-            return Turn(right)
-        return Turn(right, layout.sum_rows(new.left.T @ self.read(held, dtype, "basis_left")))
+    def changes(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> list[Change]:
+        """Overlaps of old and new directions (r, r)."""
+        right = summed(layout.sum_cols, self._overlaps(held, [bases.basis for bases in new], "basis"))
+        if not new or new[0].left is None:
+            return [Turn(turn) for turn in right]
+        left = summed(layout.sum_rows, self._overlaps(held, [bases.left for bases in new], "basis_left"))
+        return [Turn(*turns) for turns in zip(right, left, strict=True)]
+
+    def _overlaps(self, held: Sequence[State], new: Sequence[Tensor | None], name: str) -> list[Tensor]:
+        pairs = zip(held, new, strict=True)
+        return [found.T @ self.read(state, found.dtype, name) for state, found in pairs if found is not None]
 
     def columns(self, held: State, dtype: torch.dtype) -> Tensor:
         """P itself."""

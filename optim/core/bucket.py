@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ...kernels.blockwise import FORMATS
@@ -58,10 +60,11 @@ class Plan:
 
     @property
     def most(self) -> int:
-        """How many matrices there are in such a bucket."""
+        """How many matrices there are in such a bucket, on every rank, however uneven its pieces are."""
         if self.view is None:
             return sys.maxsize
-        a, r = self.layout.local(self.view).low_shape
+        a, r = self.view.low_shape
+        a = a if self.view.full else -(-a // math.prod(map(dist.get_world_size, self.layout.rows)))
         a = max(a, self.view.b) if self.layout.spread else a  # bases are whole for the time of a step
         budget = CPU_BUFFER if self.params[0].device.type == "cpu" else GPU_BUFFER
         return max(1, budget // max(1, a * r))

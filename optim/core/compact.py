@@ -11,6 +11,8 @@ from zero to 0.007 .. 0.012 in int8, 0.14 .. 0.23 in int4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,11 +42,13 @@ def read(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return _unpack(codes, len(scale)).to(dtype) * scale.to(dtype)
 
 
-def write(codes: Tensor, scale: Tensor, basis: Tensor, layout: Layout = ALONE) -> None:
-    """Store a basis (b, r), or this rank's rows of one: scales are those of whole columns."""
-    rounded = (basis / linalg.largest(basis, layout) * _LARGEST[codes.dtype]).round_()
-    scale.copy_(1 / linalg.lengths(rounded, layout).clamp_min(1.0))
-    codes.copy_(_pack(rounded) if codes.dtype == torch.uint8 else rounded)
+def write(codes: Sequence[Tensor], scales: Sequence[Tensor], bases: Tensor, layout: Layout = ALONE) -> None:
+    """Store bases (k, b, r), or this rank's rows of them: scales are those of whole columns."""
+    rounded = (bases / linalg.largest(bases, layout) * _LARGEST[codes[0].dtype]).round_()
+    lengths = 1 / linalg.lengths(rounded, layout).clamp_min(1.0)
+    for code, scale, whole, length in zip(codes, scales, rounded, lengths, strict=True):
+        scale.copy_(length[0])
+        code.copy_(_pack(whole) if code.dtype == torch.uint8 else whole)
 
 
 def _pack(rounded: Tensor) -> Tensor:

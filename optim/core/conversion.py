@@ -93,7 +93,7 @@ class Conversion:
                 fresh = fresh - value @ (value.T @ fresh)
             value = torch.cat([value, linalg.orthonormal(fresh)], dim=1)
         if name + compact.SCALE in made:
-            compact.write(made[name], made[name + compact.SCALE], value)
+            compact.write([made[name]], [made[name + compact.SCALE]], value[None])
         else:
             made[name].copy_(value)
 

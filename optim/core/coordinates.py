@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,9 +46,9 @@ class Index(Basis):
         """A random subset."""
         return Bases(random.subset(seed, view.b, view.rank, device).int())
 
-    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Change:
+    def changes(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> list[Change]:
         """Which coordinates stay."""
-        return Match.of(new.basis, held["basis"])
+        return [Match.of(bases.basis, state["basis"]) for state, bases in zip(held, new, strict=True)]
 
     def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
         """Gather columns; those of other pieces are zero here, and summed up later."""

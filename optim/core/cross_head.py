@@ -13,7 +13,7 @@ A sharded head is a weight of its own, whose rows lie on the ranks that have the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ...kernels import random
 from .basis import DENSE, Bases
+from .together import summed
 
 if TYPE_CHECKING:
-    from .projector import Request
+    from .projector import Find, Request
 
 Heads = int | tuple[tuple[int, int | None], ...]
 """The heads of a weight, or the (rows, heads) of its ranges; None heads for a range without any."""
@@ -33,39 +34,49 @@ HEAD_SELECT = ("random", "first", "cycle", "max_norm")
 """Which heads lend their basis: seeded, the first, the next at every refresh, those of the largest gradient."""
 
 
-def cross_head(search: Callable[[Request], Bases], request: Request) -> Bases:
+def cross_head(search: Find, requests: Sequence[Request]) -> list[Bases]:
     """Find the basis of one head, or of one head in every range of a fused weight.
 
     Args:
-        search: Finds the leading subspace of a block of rows.
-        request: The whole weight's.
+        search: Finds the leading subspaces of blocks of rows.
+        requests: Those of the whole weights.
     """
-    if request.hyper is None or request.hyper.num_heads is None:
+    hyper, whole = requests[0].hyper, requests[0].whole
+    if hyper is None or hyper.num_heads is None:
         raise TypeError("projector='cross_head' got no num_heads")
-    if isinstance(heads := request.hyper.num_heads, int):
-        return _of_heads(search, request, range(request.whole.a), heads)
-    mine = request.layout.projected(request.view)
+    if isinstance(heads := hyper.num_heads, int):
+        return _of_heads(search, requests, range(whole.a), heads)
     found, first = [], 0
     for position, (rows, count) in enumerate(heads):
-        old = None if request.old is None else request.old[position, mine.start : mine.stop]
-        own = replace(request, seed=random.mix(request.seed, position), old=old)
-        found.append(_of_heads(search, own, range(first, first + rows), count or 1).basis)
+        own = [_of_range(request, position) for request in requests]
+        found.append(_of_heads(search, own, range(first, first + rows), count or 1))
         first += rows
-    return Bases(_all_rows(torch.stack(found), request))
+    stacks = [torch.stack([bases.basis for bases in ranges]) for ranges in zip(*found, strict=True)]
+    return [Bases(bases) for bases in _all_rows(stacks, requests[0])]
 
 
-def _of_heads(search: Callable[[Request], Bases], request: Request, rows: range, heads: int) -> Bases:
+def _of_range(request: Request, position: int) -> Request:
+    """The request of a range of rows, by its number."""
+    mine = request.layout.projected(request.view)
+    old = None if request.old is None else request.old[position, mine.start : mine.stop]
+    return replace(request, seed=random.mix(request.seed, position), old=old)
+
+
+def _of_heads(search: Find, requests: Sequence[Request], rows: range, heads: int) -> list[Bases]:
     """Search in the chosen heads of some rows among those whose gradient is not zero; without any, keep the basis."""
-    size, dtype = len(rows) // heads, request.scale.dtype
-    peaks = request.layout.max_all(_by_head(request, rows, heads, "amax")).to(dtype)
-    alive = (peaks >= torch.finfo(dtype).tiny).tolist()
-    order = [head for head in _order(request, rows, heads) if alive[head]]
-    chosen = sorted(order[: math.ceil(request.view.rank / size)])
-    if not chosen:
-        return Bases(_arbitrary(request).to(dtype) if request.old is None else request.old)
-    starts = [rows.start + head * size for head in chosen]
-    found = search(_stack(request, starts, size, peaks[chosen].amax()))
-    return found if heads == 1 else Bases(found.basis)
+    size, dtype, layout = len(rows) // heads, requests[0].scale.dtype, requests[0].layout
+    peaks = summed(layout.max_all, [_by_head(request, rows, heads, "amax").to(dtype) for request in requests])
+    found, blocks = [_kept(request) for request in requests], {}
+    for index, order in enumerate(_orders(requests, rows, heads)):
+        alive = (peaks[index] >= torch.finfo(dtype).tiny).tolist()
+        chosen = sorted([head for head in order if alive[head]][: math.ceil(requests[index].view.rank / size)])
+        if chosen:
+            starts = [rows.start + head * size for head in chosen]
+            blocks[index] = _stack(requests[index], starts, size, peaks[index][chosen].amax())
+    if blocks:
+        for index, bases in zip(blocks, search(list(blocks.values())), strict=True):
+            found[index] = bases if heads == 1 else Bases(bases.basis)
+    return found
 
 
 def _stack(request: Request, starts: list[int], size: int, scale: Tensor) -> Request:
@@ -107,33 +118,38 @@ def _by_head(request: Request, rows: range, heads: int, how: str) -> Tensor:
     return found
 
 
-def _order(request: Request, rows: range, heads: int) -> list[int]:
-    """All heads, in the order in which they are taken."""
-    how = "first" if request.hyper is None else request.hyper.head_select
-    if how == "random":
-        return [int(head) for head in random.bits(random.mix(request.seed, 1), range(1), heads)[0].argsort()]
+def _orders(requests: Sequence[Request], rows: range, heads: int) -> list[list[int]]:
+    """All heads of every matrix, in the order in which they are taken."""
+    how = "first" if requests[0].hyper is None else requests[0].hyper.head_select
     if how == "max_norm":
-        squares = request.layout.sum_all(_by_head(request, rows, heads, "sum"))
-        return [int(head) for head in squares.argsort(descending=True, stable=True)]
-    taken = math.ceil(request.view.rank / (len(rows) // heads))
-    start = request.done * taken if how == "cycle" else 0
-    return [(start + position) % heads for position in range(heads)]
+        squares = summed(requests[0].layout.sum_all, [_by_head(request, rows, heads, "sum") for request in requests])
+        return [each.argsort(descending=True, stable=True).tolist() for each in squares]
+    if how == "random":
+        bits = (random.bits(random.mix(request.seed, 1), range(1), heads)[0] for request in requests)
+        return [each.argsort().tolist() for each in bits]
+    taken = math.ceil(requests[0].view.rank / (len(rows) // heads))
+    firsts = (request.done * taken if how == "cycle" else 0 for request in requests)
+    return [[(first + position) % heads for position in range(heads)] for first in firsts]
 
 
-def _arbitrary(request: Request) -> Tensor:
-    """This rank's rows of a basis from the seed."""
+def _kept(request: Request) -> Bases:
+    """The basis in use; where there is none this rank's rows of one from the seed."""
+    if request.old is not None:
+        return Bases(request.old)
     mine = request.layout.projected(request.view)
-    return DENSE.arbitrary(request.whole, request.seed, request.matrix.device).basis[mine.start : mine.stop]
+    found = DENSE.arbitrary(request.whole, request.seed, request.matrix.device).basis
+    return Bases(found[mine.start : mine.stop].to(request.scale.dtype))
 
 
-def _all_rows(bases: Tensor, request: Request) -> Tensor:
+def _all_rows(bases: Sequence[Tensor], request: Request) -> list[Tensor]:
     """All rows of bases (s, b, r) where the projected side is sharded: each rank has its own, and they are summed."""
     if not request.layout.cols:
-        return bases
+        return list(bases)
     mine = request.layout.projected(request.view)
-    whole = bases.new_zeros(len(bases), request.whole.b, bases.shape[2])
-    whole[:, mine.start : mine.stop] = bases
-    return request.layout.sum_cols(whole)
+    wholes = [each.new_zeros(len(each), request.whole.b, each.shape[2]) for each in bases]
+    for whole, each in zip(wholes, bases, strict=True):
+        whole[:, mine.start : mine.stop] = each
+    return summed(request.layout.sum_cols, wholes)
 
 
 def frozen(heads: Any) -> Heads | None:

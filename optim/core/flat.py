@@ -8,6 +8,7 @@ indices are, so that a rank keeps r / W of everything. A step gathers the indice
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -103,10 +104,10 @@ class Single(Index):
         """`r` integers of 4 bytes."""
         return {name: spec._replace(axis="entries") for name, spec in super().specs(param, view, hyper).items()}
 
-    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Change:
+    def changes(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> list[Change]:
         """Which entries stay."""
-        match = Match.of(new.basis, held["basis"])
-        return match if layout.alone else Shared(match, layout)
+        matches = [Match.of(bases.basis, state["basis"]) for state, bases in zip(held, new, strict=True)]
+        return [match if layout.alone else Shared(match, layout) for match in matches]
 
     def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
         """Take the entries; those of other pieces are zero here, and summed up later."""

@@ -1,16 +1,20 @@
 """Bases of dominant subspaces: pure functions that take their sums as arguments.
 
 All matrices are oriented (`A` is a x b, bases are b x r). None of these functions fails on finite input, whatever
-its rank; callers keep non-finite matrices out.
+its rank; callers keep non-finite matrices out. Several matrices are a list, as their gradients are; what is factored
+is stacked for it, so that all share a factorisation, and a sum over shards.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...kernels import random
 from .layout import ALONE, Layout
+from .together import Sum, summed
 
 NOISE = 200
 """Roundings by which columns are perturbed where they are orthonormalised without pivots."""
@@ -26,15 +30,15 @@ def orthonormal(columns: Tensor, layout: Layout = ALONE, first: int = 0) -> Tens
     most part and never wait for the host, and where rows are sharded, whose Gram matrices are sums.
 
     Args:
-        columns: This rank's rows (b, l) of them.
+        columns: This rank's rows (b, l) of them, or those of several matrices (k, b, l).
         layout: Sums over shards of the rows.
         first: Number of the first of these rows in the whole.
     """
     if columns.device.type != "cpu" or layout.cols:
         return cholesky_qr(columns, layout, first)
     factor, upper = torch.linalg.qr(columns)
-    signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).to(factor.dtype)  # those of Cholesky factors
-    found: Tensor = (factor * signs).contiguous()
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(factor.dtype)  # those of Cholesky factors
+    found: Tensor = (factor * signs[..., None, :]).contiguous()
     return found
 
 
@@ -45,32 +49,33 @@ def cholesky_qr(columns: Tensor, layout: Layout = ALONE, first: int = 0) -> Tens
     have a direction; the first two Gram matrices are shifted so that their factors exist whatever the condition; two
     more passes restore orthonormality (Fukaya et al., arXiv 1809.11085).
     """
-    rows, count = columns.shape
+    rows, count = columns.shape[-2:]
     eps = torch.finfo(columns.dtype).eps
     scaled = columns / largest(columns, layout)
     scaled = scaled / lengths(scaled, layout).clamp_(min=1.0)
-    total = float(layout.sum_cols(columns.new_tensor(float(rows)))) if layout.cols else float(rows)
+    whole = layout.shape[0 if layout.transposed else 1] if layout.cols else rows
     noise = random.normal(count, range(first, first + rows), count, columns.device).to(columns.dtype)
-    scaled = scaled.add_(noise, alpha=NOISE * eps / max(total, 1.0) ** 0.5)
+    scaled = scaled.add_(noise, alpha=NOISE * eps / max(whole, 1) ** 0.5)
     scaled = scaled / lengths(scaled, layout)
     for shift in (count * eps, count * eps, 0.0, 0.0):
-        gram = layout.sum_cols(scaled.T @ scaled)
-        gram.diagonal().add_(shift)
+        gram = layout.sum_cols(scaled.mT @ scaled)
+        gram.diagonal(dim1=-2, dim2=-1).add_(shift)
         factor = torch.linalg.cholesky_ex(gram)[0]
-        scaled = torch.linalg.solve_triangular(factor.T, scaled, upper=True, left=False)
+        scaled = torch.linalg.solve_triangular(factor.mT, scaled, upper=True, left=False)
     result: Tensor = scaled.contiguous()
     return result
 
 
 def largest(columns: Tensor, layout: Layout = ALONE) -> Tensor:
-    """Largest magnitudes of columns, positive."""
-    found = columns.abs().amax(0) if len(columns) else columns.new_zeros(columns.shape[1])  # of an empty piece
+    """Largest magnitudes of columns (..., 1, l), positive."""
+    size = (*columns.shape[:-2], 1, columns.shape[-1])
+    found = columns.abs().amax(-2, keepdim=True) if columns.shape[-2] else columns.new_zeros(size)  # of an empty piece
     return layout.max_cols(found).clamp_(min=torch.finfo(columns.dtype).tiny)
 
 
 def lengths(columns: Tensor, layout: Layout = ALONE) -> Tensor:
-    """Lengths of columns."""
-    found: Tensor = torch.linalg.vector_norm(columns, dim=0)
+    """Lengths of columns (..., 1, l)."""
+    found: Tensor = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
     return layout.sum_cols(found.square()).sqrt() if layout.cols else found
 
 
@@ -85,13 +90,13 @@ def product_in(gemm: torch.dtype, one: Tensor, other: Tensor) -> Tensor:
 
 
 def range_finder(
-    matrix: Tensor,
-    start: Tensor,
+    matrices: Sequence[Tensor],
+    start: Sequence[Tensor],
     iterations: int,
-    scale: Tensor,
+    scales: Sequence[Tensor],
     layout: Layout = ALONE,
     first: int = 0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[Tensor], list[Tensor]]:
     """Randomized subspace iteration: `Q <- qr(A^T A Q)`, at most `iterations` times.
 
     It ends early once Q holds `ENOUGH` of the whole energy, `|A Q|^2 >= ENOUGH |A|^2`, which no basis can exceed by
@@ -99,50 +104,78 @@ def range_finder(
     digits only in directions that carry no energy, and saves the larger of the two QRs.
 
     Args:
-        matrix: A (a x b).
-        start: Well-conditioned start columns (b x l).
+        matrices: A (a x b) each.
+        start: Well-conditioned start columns (b x l) each.
         iterations: Largest number of power iterations.
-        scale: max|A|, divided out so that squares neither overflow nor vanish.
+        scales: max|A|, divided out so that squares neither overflow nor vanish.
         layout: Sums over shards of A.
         first: Number of the first of this rank's rows of Q.
 
     Returns:
         Orthonormal columns Q (b x l), and `A Q / scale` (a x l).
     """
-    whole = layout.sum_all(_energy(matrix, scale))
-    columns = start
-    image = layout.sum_cols(product(matrix, columns / scale))  # (a, l)
+    energies = _energies(layout.sum_all, matrices, scales)
+    columns, images = list(start), _images(matrices, start, scales, layout)
     for done in range(iterations):
-        if done and 0 < ENOUGH * whole <= layout.sum_rows(_energy(image, torch.ones_like(scale))):
+        chosen = unfinished(energies, images, layout) if done else range(len(columns))
+        if not chosen:
             break
-        columns = orthonormal(layout.sum_rows(product(matrix.T, image / scale)), layout, first)
-        image = layout.sum_cols(product(matrix, columns / scale))
-    return columns, image
+        adjoints = [product(matrices[i].T, images[i] / scales[i]) for i in chosen]
+        found = orthonormal(stacked(summed(layout.sum_rows, adjoints)), layout, first)
+        again = _images([matrices[i] for i in chosen], found, [scales[i] for i in chosen], layout)
+        for i, q, image in zip(chosen, found, again, strict=True):
+            columns[i], images[i] = q, image
+    return columns, images
 
 
-def _energy(matrix: Tensor, scale: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(matrix, dtype=scale.dtype)
-    return (norm / scale).square()
+def unfinished(energies: Tensor, images: Sequence[Tensor], layout: Layout) -> list[int]:
+    """Those matrices whose image `A Q / scale` does not hold `ENOUGH` of their energy (k,) yet."""
+    held = _energies(layout.sum_rows, images, [energies.new_ones(())] * len(images))
+    enough = (energies > 0) & (held >= ENOUGH * energies)
+    return [index for index, ends in enumerate(enough.cpu().tolist()) if not ends]
 
 
-def ritz(columns: Tensor, image: Tensor, rank: int, layout: Layout = ALONE) -> tuple[Tensor, Tensor]:
+def _images(
+    matrices: Sequence[Tensor], columns: Sequence[Tensor] | Tensor, scales: Sequence[Tensor], layout: Layout
+) -> list[Tensor]:
+    """`A Q / scale` (a, l) of every matrix."""
+    each = zip(matrices, columns, scales, strict=True)
+    return summed(layout.sum_cols, [product(matrix, thin / scale) for matrix, thin, scale in each])
+
+
+def _energies(add: Sum, matrices: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """`|A / scale|^2` of every matrix (k,)."""
+    pairs = zip(matrices, scales, strict=True)
+    shares = [torch.linalg.vector_norm(matrix, dtype=scale.dtype) / scale for matrix, scale in pairs]
+    return add(torch.stack(shares).square())
+
+
+def ritz(
+    columns: Sequence[Tensor], images: Sequence[Tensor], rank: int, layout: Layout = ALONE
+) -> tuple[list[Tensor], list[Tensor]]:
     """Rotate columns Q (b x l) to the r best directions of A within their span, largest first (Rayleigh-Ritz).
 
     Args:
-        columns: Orthonormal Q (b x l).
-        image: A Q (a x l).
+        columns: Orthonormal Q (b x l) of every matrix.
+        images: A Q (a x l).
         rank: r.
         layout: Sums over shards of the rows of A.
 
     Returns:
-        The basis P (b x r), and `A P` (a x r).
+        The bases P (b x r), and `A P` (a x r).
     """
-    rotation = eigenvectors(layout.sum_rows(image.T @ image))[:, :rank]  # (l, r)
-    return columns @ rotation, image @ rotation
+    grams = stacked(summed(layout.sum_rows, [image.T @ image for image in images]))  # (k, l, l)
+    turned = list(zip(columns, images, eigenvectors(grams)[..., :rank], strict=True))
+    return [q @ turn for q, _, turn in turned], [image @ turn for _, image, turn in turned]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one, without a copy where there is one of them."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def eigenvectors(gram: Tensor) -> Tensor:
-    """Eigenvectors of a symmetric positive matrix, largest eigenvalue first, surviving a failed convergence."""
+    """Eigenvectors of symmetric positive matrices, largest eigenvalue first, surviving a failed convergence."""
     vectors: Tensor
     try:
         vectors = torch.linalg.eigh(gram)[1].flip(-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +19,7 @@ from .descend import DESCENDING
 from .flat import SINGLE
 from .layout import Layout
 from .seeded import SeededBasis
+from .together import summed
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ OVERSAMPLE = 8
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a projector gets to know.
+    """What a projector gets to know of a matrix.
 
     Args:
         matrix: The oriented gradient A (a x b), finite and not zero.
@@ -55,6 +56,9 @@ class Request:
     done: int = 0
 
 
+Find = Callable[[Sequence[Request]], list[Bases]]
+
+
 class Gaussian(Basis):
     """P itself with entries N(0, 1/r), not orthonormal: `E[P P^T] = I`, so that rows of R are as long as those of A.
 
@@ -62,7 +66,7 @@ class Gaussian(Basis):
     """
 
     names = DENSE.names
-    specs, change, columns = DENSE.specs, DENSE.change, DENSE.columns
+    specs, changes, columns = DENSE.specs, DENSE.changes, DENSE.columns
     project, project_back_ = DENSE.project, DENSE.project_back_
 
     def arbitrary(self, view: MatrixView, seed: int, device: torch.device) -> Bases:
@@ -80,7 +84,7 @@ class Projector(NamedTuple):
     """One way to choose the subspace.
 
     Args:
-        find: Finds a basis from the gradient, before it is projected.
+        find: Finds bases of matrices of one shape from their gradients, before they are projected.
         basis: How the basis is kept and multiplied.
         side: The side that it projects whatever the group's `proj_type` says: "left", "right" or "flat" (the entries
             of the whole matrix); None leaves the choice to the group.
@@ -88,14 +92,14 @@ class Projector(NamedTuple):
         searches: Finding a basis is work that replicas may share; others follow from the seed.
     """
 
-    find: Callable[[Request], Bases]
+    find: Find
     basis: Basis = DENSE
     side: str | None = None
     follows: bool = False
     searches: bool = False
 
 
-def sketch(request: Request) -> Bases:
+def sketch(requests: Sequence[Request]) -> list[Bases]:
     """Randomized subspace iteration (Halko et al., arXiv 0909.4061): the dominant subspace in a few thin GEMMs.
 
         Q_0 = [P_old, Omega]  or  qr(A^T Omega);   Q <- qr(A^T A Q) once or twice;   P = Q E
@@ -103,35 +107,70 @@ def sketch(request: Request) -> Bases:
     with 8 columns more than the rank and E the leading eigenvectors of `(A Q)^T A Q`; once is enough where Q then
     holds 0.999 of all energy, as real gradients allow. It costs a fraction of an SVD and captures 0.99 or more of its
     energy from a cold start on spectra down to i^-1/2, or warm on a drifting gradient (0.985 from the basis of an
-    unrelated one).
+    unrelated one). Matrices that are searched together share factorisations and sums over shards.
     """
-    matrix, view, scale, layout = request.matrix, request.view, request.scale, request.layout
-    width, mine = min(view.rank + OVERSAMPLE, request.whole.b), layout.projected(view)
-    if request.old is None:
-        omega = random.normal(request.seed, layout.kept(view), width, matrix.device).to(scale.dtype)
-        start = linalg.orthonormal(layout.sum_rows(linalg.product(matrix.T, omega / scale)), layout, mine.start)
-    else:
-        fresh = random.normal(request.seed, mine, width - view.rank, matrix.device).to(scale.dtype)
-        start = torch.cat([request.old.to(scale.dtype), fresh / request.whole.b**0.5], dim=1)
-    columns, image = linalg.range_finder(matrix, start, POWER_ITERATIONS, scale, layout, mine.start)
-    basis, low = linalg.ritz(columns, image, view.rank, layout)
-    if request.old is not None:  # signs are free: moments that keep their numbers need those of the basis in use
-        along = layout.sum_cols((request.old.to(basis.dtype) * basis).sum(0))
-        signs = torch.where(along < 0, -1.0, 1.0).to(basis.dtype)
+    view, layout = requests[0].view, requests[0].layout
+    matrices, scales = [request.matrix for request in requests], [request.scale for request in requests]
+    first = layout.projected(view).start
+    columns, images = linalg.range_finder(matrices, _starts(requests), POWER_ITERATIONS, scales, layout, first)
+    bases, lows = linalg.ritz(columns, images, view.rank, layout)
+    _keep_signs(requests, bases, lows)
+    return _bases(requests, bases, [low.mul_(scale) for low, scale in zip(lows, scales, strict=True)])
+
+
+def _starts(requests: Sequence[Request]) -> list[Tensor]:
+    """Columns (b, l) to start from: the basis in use and some random ones, or the range of a random mixture of rows."""
+    layout, whole = requests[0].layout, requests[0].whole
+    width, mine = min(whole.rank + OVERSAMPLE, whole.b), layout.projected(requests[0].view)
+    cold = [request for request in requests if request.old is None]
+    found = iter(_ranges(cold, width, mine) if cold else ())
+    return [next(found) if request.old is None else _warm(request, request.old, width, mine) for request in requests]
+
+
+def _ranges(requests: Sequence[Request], width: int, mine: range) -> Tensor:
+    """`qr(A^T Omega)` (k, b, l)."""
+    mixed, layout = [], requests[0].layout
+    for request in requests:
+        kept, matrix = request.layout.kept(request.view), request.matrix
+        omega = random.normal(request.seed, kept, width, matrix.device).to(request.scale.dtype)
+        mixed.append(linalg.product(matrix.T, omega / request.scale))
+    return linalg.orthonormal(linalg.stacked(summed(layout.sum_rows, mixed)), layout, mine.start)
+
+
+def _warm(request: Request, old: Tensor, width: int, mine: range) -> Tensor:
+    """`[P_old, Omega]`."""
+    dtype, whole = request.scale.dtype, request.whole
+    fresh = random.normal(request.seed, mine, width - whole.rank, request.matrix.device).to(dtype)
+    return torch.cat([old.to(dtype), fresh / whole.b**0.5], dim=1)
+
+
+def _keep_signs(requests: Sequence[Request], bases: Sequence[Tensor], images: Sequence[Tensor]) -> None:
+    """Signs are free: moments that keep their numbers need those of the basis in use."""
+    warm = [(r.old, basis, image) for r, basis, image in zip(requests, bases, images, strict=True) if r.old is not None]
+    along = summed(requests[0].layout.sum_cols, [(old.to(basis.dtype) * basis).sum(0) for old, basis, _ in warm])
+    for (_, basis, image), inner in zip(warm, along, strict=True):
+        signs = torch.where(inner < 0, -1.0, 1.0).to(basis.dtype)
         basis.mul_(signs)
-        low.mul_(signs)
-    return _bases(request, basis, low.mul_(scale))
+        image.mul_(signs)
 
 
-def svd(request: Request) -> Bases:
+def svd(requests: Sequence[Request]) -> list[Bases]:
     """The exact leading singular vectors, from the smaller Gram matrix in fp64; pieces of a matrix are gathered."""
-    matrix = request.layout.gather_all(request.matrix, request.whole)
-    basis = linalg.exact_basis(matrix, request.view.rank, request.scale.double()).to(request.scale.dtype)
-    basis = own_piece(Bases(basis), request.view, request.layout).basis
-    return _bases(request, basis, request.layout.sum_cols(request.matrix.to(basis.dtype) @ basis))
+    bases = []
+    for request in requests:
+        matrix = request.layout.gather_all(request.matrix, request.whole)
+        basis = linalg.exact_basis(matrix, request.view.rank, request.scale.double()).to(request.scale.dtype)
+        bases.append(own_piece(Bases(basis), request.view, request.layout).basis)
+    parts = [request.matrix.to(basis.dtype) @ basis for request, basis in zip(requests, bases, strict=True)]
+    return _bases(requests, bases, summed(requests[0].layout.sum_cols, parts))
 
 
-def anything(basis: Basis) -> Callable[[Request], Bases]:
+def each(find: Callable[[Request], Bases]) -> Find:
+    """A search that matrices have nothing to share in."""
+    return lambda requests: [find(request) for request in requests]
+
+
+def anything(basis: Basis) -> Find:
     """From the seed alone, new at every refresh, without a look at the gradient."""
 
     def find(request: Request) -> Bases:
@@ -141,22 +180,28 @@ def anything(basis: Basis) -> Callable[[Request], Bases]:
             found = Bases(found.basis.to(dtype), None if found.left is None else found.left.to(dtype))
         return own_piece(found, request.view, request.layout)
 
-    return find
+    return each(find)
 
 
-def first_of_descent(request: Request) -> Bases:
-    """The first basis of one that descends: `proj_init`, another projector."""
-    return PROJECTORS["sketch" if request.hyper is None else request.hyper.proj_init].find(request)
+def first_of_descent(requests: Sequence[Request]) -> list[Bases]:
+    """The first bases of what descends: `proj_init`, another projector."""
+    hyper = requests[0].hyper
+    return PROJECTORS["sketch" if hyper is None else hyper.proj_init].find(requests)
 
 
-def cosines(request: Request) -> Bases:
+def cosines(requests: Sequence[Request]) -> list[Bases]:
     """The r columns of the fixed cosine matrix D that hold most of the gradient: the largest column norms of A D."""
-    scale, view, layout = request.scale, request.view, request.layout
-    mine = layout.projected(view)
+    energies = summed(requests[0].layout.sum_low, [_spectrum(request) for request in requests])
+    return [Bases(energy.topk(requests[0].view.rank).indices.sort().values.int()) for energy in energies]
+
+
+def _spectrum(request: Request) -> Tensor:
+    """Squared column norms (b,) of this rank's rows of A D."""
+    scale, layout = request.scale, request.layout
+    mine = layout.projected(request.view)
     matrix = random.cosines(request.whole.b, request.matrix.dtype, request.matrix.device)[mine.start : mine.stop]
     image = linalg.product(request.matrix, matrix.to(scale.dtype) / scale)  # (a, b), summed as R is
-    energy = layout.sum_low(layout.reduce(image[None])[0].square().sum(0))
-    return Bases(energy.topk(view.rank).indices.sort().values.int())
+    return layout.reduce(image[None])[0].square().sum(0)
 
 
 def official_svd(request: Request) -> Bases:
@@ -177,12 +222,14 @@ def own_piece(found: Bases, view: MatrixView, layout: Layout) -> Bases:
     return Bases(found.basis[mine.start : mine.stop], left)
 
 
-def _bases(request: Request, basis: Tensor, image: Tensor) -> Bases:
-    """Add the left basis of a full projection: an orthonormal basis of the range of A P."""
-    if request.view.full:
-        layout = request.layout.flipped
-        return Bases(basis, linalg.orthonormal(image / request.scale, layout, request.layout.kept(request.view).start))
-    return Bases(basis, image=image)
+def _bases(requests: Sequence[Request], bases: Sequence[Tensor], images: Sequence[Tensor]) -> list[Bases]:
+    """Add the left bases of full projections: orthonormal bases of the ranges of A P."""
+    view, layout = requests[0].view, requests[0].layout
+    if not view.full:
+        return [Bases(basis, image=image) for basis, image in zip(bases, images, strict=True)]
+    scaled = [image / request.scale for image, request in zip(images, requests, strict=True)]
+    left = linalg.orthonormal(linalg.stacked(scaled), layout.flipped, layout.kept(view).start)
+    return [Bases(*both) for both in zip(bases, left, strict=True)]
 
 
 PROJECTORS: dict[str, Projector] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,12 +14,19 @@ from . import linalg
 from .basis import DENSE, Bases, State
 from .bucket import Bucket
 from .carry import carry_moments
+from .change import Change
 from .descend import descend_
 from .projector import Request, official_svd, own_piece
 from .state import INTERVAL
+from .together import summed
 
 LAZIEST = 16
 """Largest multiple of `update_proj_gap` to which a lazy interval grows."""
+
+GPU_BATCH = 1 << 24
+"""Elements of A P of matrices whose bases are searched together on a GPU, where factorisations of many cost as few."""
+CPU_BATCH = 0
+"""The same on a CPU, where they cost the same one by one."""
 
 
 def refresh(b: Bucket) -> None:
@@ -27,36 +35,35 @@ def refresh(b: Bucket) -> None:
     A gradient that is zero or not finite says nothing about the subspace: the old basis stays (an arbitrary one is
     made if there is none), `skipped_refreshes` counts it, and the refresh is tried again in the next step.
     """
-    due = []
-    for index, held in enumerate(b.states):
-        if held["until_refresh"].item() > 0 or b.ready[index] is not None:
-            continue  # not due, or no full gradient to learn from
-        if b.hyper.chooses.follows and held["refreshes"].item() > 0:
-            continue
-        scale = b.layout.max_all(_largest(b.grads[index]).to(b.dtype))  # max|A|
-        if scale.isfinite() and scale >= torch.finfo(b.dtype).tiny:
-            due.append((index, scale))
-        else:
-            _skip(b, index)
-    if b.layout.replicas is not None and b.hyper.chooses.searches:
-        _deal(b, due)
+    due = [index for index, held in enumerate(b.states) if b.ready[index] is None and _is_due(b, held)]
+    if not due:  # or no full gradient to learn from
         return
-    for index, scale in due:
-        _take(b, index, _find(b, index, scale))
+    scales = b.layout.max_all(torch.stack([_largest(b.grads[index]).to(b.dtype) for index in due]))  # max|A|
+    tells = [torch.finfo(b.dtype).tiny <= value < math.inf for value in scales.cpu().tolist()]
+    _skip(b, [index for index, told in zip(due, tells, strict=True) if not told])
+    chosen = {index: scale for index, scale, told in zip(due, scales, tells, strict=True) if told}
+    find = _shared if b.layout.replicas is not None and b.hyper.chooses.searches else _find
+    exact = b.hyper.basis_dtype is None and not b.layout.cols  # rounding turns the basis; sums over columns come later
+    for batch in _batches(b, list(chosen)):
+        found = find(b, batch, [chosen[index] for index in batch])
+        _adopt(b, batch, found)
+        for index, bases in zip(batch, found, strict=True):
+            b.fresh[index] = True
+            b.projected[index] = bases.image if exact else None
 
 
-def _deal(b: Bucket, due: list[tuple[int, Tensor]]) -> None:
-    """Find every basis on one of the replicas, in turns, and send it to the others: the same bits everywhere."""
-    group = b.layout.replicas
-    world, rank = dist.get_world_size(group), dist.get_rank(group)
-    found = {index: _find(b, index, scale) for turn, (index, scale) in enumerate(due) if turn % world == rank}
-    for turn, (index, scale) in enumerate(due):
-        shapes = b.view.basis_shapes.values()
-        bases = found.get(index) or Bases(*(scale.new_empty(shape) for shape in shapes))
-        sent = [part.to(scale.dtype).contiguous() for part in bases[:2] if part is not None]
-        for part in sent:
-            dist.broadcast(part, group=group, group_src=turn % world)
-        _take(b, index, Bases(*sent))
+def _is_due(b: Bucket, held: State) -> bool:
+    return held["until_refresh"].item() <= 0 and not (b.hyper.chooses.follows and held["refreshes"].item() > 0)
+
+
+def _batches(b: Bucket, indices: list[int]) -> Iterator[list[int]]:
+    """Matrices whose bases are found at a time: all whose sums share collectives, or as many as a device gains by."""
+    size = len(indices)
+    if b.layout.alone and b.layout.replicas is None:
+        budget = CPU_BATCH if b.params[0].device.type == "cpu" else GPU_BATCH
+        size = budget // max(1, b.view.a * b.view.rank)
+    for start in range(0, len(indices), max(1, size)):
+        yield indices[start : start + max(1, size)]
 
 
 def _largest(grad: Tensor) -> Tensor:
@@ -80,15 +87,23 @@ def follow(b: Bucket, low: Tensor) -> None:
     if b.hyper.projector == "descend":
         descend_(b, low)
         return
-    for index, held in enumerate(b.states):
-        if b.ready[index] is None and held["until_refresh"].item() <= 0:
-            _track(b, index, low[index])
+    due = [i for i, held in enumerate(b.states) if b.ready[i] is None and held["until_refresh"].item() <= 0]
+    for batch in _batches(b, due):
+        _track(b, batch, low)
 
 
-def _find(b: Bucket, index: int, scale: Tensor) -> Bases:
+def _find(b: Bucket, batch: list[int], scales: list[Tensor]) -> list[Bases]:
+    """Find the bases of some matrices."""
+    requests = [_request(b, index, scale) for index, scale in zip(batch, scales, strict=True)]
+    if b.hyper.official and b.hyper.projector == "svd":
+        return [official_svd(request) for request in requests]
+    return b.hyper.chooses.find(requests)
+
+
+def _request(b: Bucket, index: int, scale: Tensor) -> Request:
     held, hyper = b.states[index], b.hyper
     done = int(held["refreshes"])
-    request = Request(
+    return Request(
         matrix=_wide(b.matrix(index)),
         scale=scale,
         view=b.view,
@@ -99,44 +114,67 @@ def _find(b: Bucket, index: int, scale: Tensor) -> Bases:
         hyper=hyper,
         done=done,
     )
-    find = official_svd if hyper.official and hyper.projector == "svd" else hyper.chooses.find
-    return find(request)
 
 
-def _take(b: Bucket, index: int, bases: Bases) -> None:
-    """Take a basis over that was found in this step."""
-    _adopt(b, index, bases)
-    hyper = b.hyper
-    known = hyper.basis_dtype is None and not b.layout.cols  # rounding turns the basis; sums over columns come later
-    b.projected[index] = bases.image if known else None
-    b.fresh[index] = True
+def _shared(b: Bucket, batch: list[int], scales: list[Tensor]) -> list[Bases]:
+    """Find every basis on one of the replicas, in turns, and send it to the others: the same bits everywhere."""
+    group = b.layout.replicas
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    found = {turn: _find(b, [batch[turn]], [scales[turn]])[0] for turn in range(rank, len(batch), world)}
+    shapes = list(b.view.basis_shapes.values())
+    sizes = [math.prod(shape) for shape in shapes]
+    for source in range(min(world, len(batch))):
+        turns = range(source, len(batch), world)
+        sent = scales[0].new_empty(len(turns), sum(sizes))
+        for row, turn in zip(sent, turns, strict=True):
+            if source == rank:
+                torch.cat([part.reshape(-1) for part in found[turn][:2] if part is not None], out=row)
+        dist.broadcast(sent, group=group, group_src=source)
+        for row, turn in zip(sent, turns, strict=True):
+            parts = zip(torch.split(row, sizes), shapes, strict=True)
+            found[turn] = Bases(*(part.view(shape) for part, shape in parts))
+    return [found[turn] for turn in range(len(batch))]
 
 
-def _track(b: Bucket, index: int, low: Tensor) -> None:
+def _track(b: Bucket, batch: list[int], low: Tensor) -> None:
     """One power step that reuses R, `P <- qr(A^T R)`, for the steps to come: one product more than other steps.
 
     Follows a drifting subspace at short intervals (`update_proj_gap=10`), where a cheap step often keeps more of the
     gradient's energy than an exact basis now and then (arXiv 2410.16103 does so in every step).
     """
-    matrix, held = _wide(b.matrix(index)), b.states[index]
-    image = _image(b, matrix, DENSE.read(held, b.dtype)) if b.view.full else low  # A P (a, r)
-    scale = b.layout.max_all(_largest(image))
-    adjoint = b.layout.sum_rows(linalg.product(matrix.T, image / scale))
-    largest = b.layout.max_cols(_largest(adjoint))
-    if not (scale.isfinite() and largest.isfinite() and scale >= torch.finfo(b.dtype).tiny):
-        held["skipped_refreshes"] += 1
-        return
-    first = b.layout.projected(b.view).start
-    basis = linalg.orthonormal(adjoint / torch.where(largest > 0, largest, 1.0), b.layout, first)
-    left = None
+    layout, matrices = b.layout, [_wide(b.matrix(index)) for index in batch]
+    images = [low[index] for index in batch]
     if b.view.full:
-        start = b.layout.kept(b.view).start
-        left = linalg.orthonormal(_image(b, matrix, basis) / scale, b.layout.flipped, start)
-    _adopt(b, index, Bases(basis, left))
+        images = _images(b, matrices, [DENSE.read(b.states[index], b.dtype) for index in batch])  # A P (a, r)
+    scales = layout.max_all(torch.stack([_largest(image) for image in images]))
+    parts = zip(matrices, images, scales, strict=True)
+    adjoints = summed(layout.sum_rows, [linalg.product(matrix.T, image / scale) for matrix, image, scale in parts])
+    tops = layout.max_cols(torch.stack([_largest(adjoint) for adjoint in adjoints]))
+    sound = scales.isfinite() & tops.isfinite() & (scales >= torch.finfo(b.dtype).tiny)
+    tops = torch.where(tops > 0, tops, 1.0)
+    moving = []
+    for place, sees in enumerate(sound.cpu().tolist()):
+        if sees:
+            moving.append(place)
+        else:
+            b.states[batch[place]]["skipped_refreshes"] += 1
+    if not moving:
+        return
+    scaled = linalg.stacked([adjoints[place] / tops[place] for place in moving])
+    bases = linalg.orthonormal(scaled, layout, layout.projected(b.view).start)
+    found = [Bases(basis) for basis in bases]
+    if b.view.full:
+        lows = _images(b, [matrices[place] for place in moving], bases)
+        scaled = linalg.stacked([image / scales[place] for place, image in zip(moving, lows, strict=True)])
+        left = linalg.orthonormal(scaled, layout.flipped, layout.kept(b.view).start)
+        found = [Bases(*both) for both in zip(bases, left, strict=True)]
+    _adopt(b, [batch[place] for place in moving], found)
 
 
-def _image(b: Bucket, matrix: Tensor, basis: Tensor) -> Tensor:
-    return b.layout.sum_cols(linalg.product(matrix, basis))
+def _images(b: Bucket, matrices: Sequence[Tensor], bases: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    """`A P` (a, r) of every matrix."""
+    pairs = zip(matrices, bases, strict=True)
+    return summed(b.layout.sum_cols, [linalg.product(matrix, basis) for matrix, basis in pairs])
 
 
 def _old(b: Bucket, held: State) -> Tensor:
@@ -149,28 +187,43 @@ def _wide(matrix: Tensor) -> Tensor:
     return matrix.float() if matrix.dtype == torch.float16 else matrix
 
 
-def _adopt(b: Bucket, index: int, new: Bases) -> None:
-    """Carry the moments over to a new basis, store it, and set the next refresh."""
-    held, hyper = b.states[index], b.hyper
-    interval: float = hyper.update_proj_gap
-    if held["refreshes"] > 0:
-        change = b.basis.change(held, new, b.layout)
-        carry_moments(b, index, change)
-        if hyper.lazy is not None and change.overlap() >= hyper.lazy:
-            interval = min(2 * max(float(held[INTERVAL]), interval), LAZIEST * interval)
-    elif hyper.stagger:
-        interval -= b.offsets[index]
-    b.basis.store(held, new, b.layout)
-    held["refreshes"] += 1
+def _adopt(b: Bucket, batch: list[int], found: list[Bases]) -> None:
+    """Carry the moments over to new bases, store them, and set the next refreshes."""
+    states = [b.states[index] for index in batch]
+    later = [place for place, held in enumerate(states) if held["refreshes"] > 0]
+    before = b.basis.changes([states[place] for place in later], [found[place] for place in later], b.layout)
+    changes = dict(zip(later, before, strict=True))
+    for place, held in enumerate(states):
+        if place in changes:
+            carry_moments(b, batch[place], changes[place])
+        _schedule(b, held, b.offsets[batch[place]], changes.get(place))
+    b.basis.store(states, found, b.layout)
+    for held in states:
+        held["refreshes"] += 1
+
+
+def _schedule(b: Bucket, held: State, offset: int, change: Change | None) -> None:
+    """Set the step of the next refresh: sooner where they are staggered, later where the subspace hardly moved."""
+    hyper, interval = b.hyper, float(b.hyper.update_proj_gap)
+    if change is None:
+        interval -= offset if hyper.stagger else 0
+    elif hyper.lazy is not None and change.overlap() >= hyper.lazy:
+        interval = min(2 * max(float(held[INTERVAL]), interval), LAZIEST * interval)
     if hyper.lazy is not None:
         held[INTERVAL].fill_(interval)
     held["until_refresh"].fill_(math.inf if hyper.projector == "descend" else interval)
 
 
-def _skip(b: Bucket, index: int) -> None:
-    held = b.states[index]
-    held["skipped_refreshes"] += 1
-    if int(held["refreshes"]) == 0:
+def _skip(b: Bucket, indices: list[int]) -> None:
+    """Count refreshes that nothing could be learned for; matrices without a basis get an arbitrary one."""
+    new = []
+    for index in indices:
+        b.states[index]["skipped_refreshes"] += 1
+        if int(b.states[index]["refreshes"]) == 0:
+            new.append(index)
+    found = []
+    for index in new:
         seed = random.mix(b.hyper.seed, b.positions[index])
-        found = b.basis.arbitrary(b.whole, seed, b.params[index].device)
-        b.basis.store(held, own_piece(found, b.view, b.layout), b.layout)
+        whole = b.basis.arbitrary(b.whole, seed, b.params[index].device)
+        found.append(own_piece(whole, b.view, b.layout))
+    b.basis.store([b.states[index] for index in new], found, b.layout)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from ...kernels import random
 from ...kernels.project_back import piece
 from ...kernels.rounding import Target
 from .basis import DENSE, Bases, Basis, State, Step
-from .change import Change, Turn
+from .change import Change
 from .layout import ALONE, Layout, share
 from .spec import Spec
 from .view import MatrixView
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Split(Change):
     """A change of basis of its own for every range of rows."""
 
-    turns: tuple[Turn, ...]
+    turns: tuple[Change, ...]
     sizes: tuple[int, ...]
 
     def first(self, moment: Tensor) -> Tensor:
@@ -88,13 +88,13 @@ class Segments(Basis):
         seeds = [random.mix(seed, position) for position in range(len(self.sizes))]
         return Bases(torch.stack([DENSE.arbitrary(view, own, device).basis for own in seeds]))
 
-    def change(self, held: State, new: Bases, layout: Layout = ALONE) -> Change:
+    def changes(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> list[Change]:
         """Overlaps of old and new directions, range by range."""
-        sizes, pairs = self.sizes, zip(held["basis"], new.basis, strict=True)
+        sizes = self.sizes
         if layout.dealt:  # moments have other rows than the piece
             mine = share(sum(sizes), layout.cols[0])
             sizes = tuple(_within(sizes, range(mine.start, mine.stop)))
-        return Split(tuple(DENSE.change({"basis": old}, Bases(found)) for old, found in pairs), sizes)
+        return [Split(_turns(state["basis"], bases.basis), sizes) for state, bases in zip(held, new, strict=True)]
 
     def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
         """`R_j = A_j P_j`."""
@@ -122,6 +122,11 @@ class Segments(Basis):
 
     def _mine(self, bases: Tensor) -> Tensor:
         return bases if self.mine is None else bases[:, self.mine.start : self.mine.stop]
+
+
+def _turns(old: Tensor, new: Tensor) -> tuple[Change, ...]:
+    """The change of every range, of bases (s, b, r)."""
+    return tuple(DENSE.changes([{"basis": basis} for basis in old], [Bases(basis) for basis in new]))
 
 
 def _within(sizes: tuple[int, ...], rows: range) -> Iterator[int]:
