@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .blockwise import Blocks, dequantise, quantise_
-from .reference import Blockwise
+from .reference import Blockwise, Count
 from .rounding import Target
 from .tiles import tiles
 
@@ -25,7 +25,7 @@ def has_fused_adam(tensor: Tensor) -> bool:
 def adam(
     grads: list[Tensor],
     moments: tuple[list[Tensor], list[Tensor]],
-    counts: list[int],
+    counts: Sequence[Count],
     out: list[Tensor],
     betas: tuple[float, float],
     eps: float,
@@ -35,27 +35,45 @@ def adam(
     """Compute `lowmem.kernels.reference.adam`: one fused pass over all tensors of equal step count.
 
     The kernel updates a parameter by `-lr N`; a zero parameter and lr = -1 leave the direction N itself.
+
+    Raises:
+        ValueError: `raw_eps` with counts on the device, for the kernel takes a number.
     """
-    for t in set(counts):
-        chosen = [i for i, count in enumerate(counts) if count == t]
+    for chosen, steps, t in _launches(counts, out):
         directions = [out[i].zero_() for i in chosen]
-        # On a GPU the kernel reads the count on the device; full() gets it there without a synchronisation.
-        count = torch.full((), float(t), device=out[chosen[0]].device)
         torch._fused_adamw_(
             directions,
             [grads[i] for i in chosen],
             [moments[0][i] for i in chosen],
             [moments[1][i] for i in chosen],
             [],
-            [count] * len(chosen),
+            steps,
             lr=-1.0,
             beta1=betas[0],
             beta2=betas[1],
             weight_decay=0.0,
-            eps=eps / (1 - betas[1] ** t) ** 0.5 if raw_eps else eps,
+            eps=eps / (1 - betas[1] ** _number(t)) ** 0.5 if raw_eps else eps,
             amsgrad=False,
             maximize=False,
         )
+
+
+def _launches(counts: Sequence[Count], out: list[Tensor]) -> Iterator[tuple[list[int], list[Tensor], Count]]:
+    """Tensors that share a launch, with their counts on the device, where the kernel reads them."""
+    known = [count for count in counts if isinstance(count, Tensor)]
+    if known:
+        yield list(range(len(counts))), known, known[0]
+        return
+    for t in set(counts):
+        chosen = [i for i, count in enumerate(counts) if count == t]
+        # full() gets it there without a synchronisation.
+        yield chosen, [torch.full((), float(t), device=out[chosen[0]].device)] * len(chosen), t
+
+
+def _number(t: Count) -> int:
+    if isinstance(t, Tensor):
+        raise ValueError("got step counts on a device, whose eps is not a number: pass numbers, or raw_eps=False")
+    return t
 
 
 def adam_blockwise(

@@ -6,13 +6,16 @@ Moments are updated in place; the direction `N` is written to `out`, so that the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .blockwise import Blocks, Format, dequantise, quantise_
 from .rounding import Target
+
+Count = int | Tensor
+"""A step count t, from 1: a number, or 0-d on the device where the host must not read it."""
 
 NO_CORRECTION = 1 << 30
 """A step count at which beta^t vanishes: Adam without bias correction."""
@@ -21,7 +24,7 @@ NO_CORRECTION = 1 << 30
 def adam(
     grads: list[Tensor],
     moments: tuple[list[Tensor], list[Tensor]],
-    counts: list[int],
+    counts: Sequence[Count],
     out: list[Tensor],
     betas: tuple[float, float],
     eps: float,
@@ -43,9 +46,16 @@ def adam(
     for grad, first, second, t, direction in zip(grads, *moments, counts, out, strict=True):
         first.lerp_(grad, 1 - beta1)
         second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        c1, c2 = 1 - beta1**t, 1 - beta2**t
+        c1, c2 = corrections(t, betas)
         root = (second / c2).sqrt_().add_(eps / c2**0.5 if raw_eps else eps)
         torch.div(first / c1, root, out=direction)
+
+
+def corrections(t: Count, betas: tuple[float, float]) -> tuple[Any, Any]:
+    """`1 - b_i^t`, numbers or 0-d like the count: in fp64, for of 1 - 0.999^t fp32 knows four digits at t = 1."""
+    if isinstance(t, Tensor):
+        t = t.double()
+    return 1 - betas[0] ** t, 1 - betas[1] ** t
 
 
 def adam_by_column(

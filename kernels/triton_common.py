@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .capture import capturing, constant
 from .rounding import Target
 
 EXACT, NEAREST, STOCHASTIC, COMPENSATED, COMPENSATED8, HALF = range(6)
@@ -118,12 +119,14 @@ def raw(weight: Tensor) -> Tensor:
 def pack(device: torch.device, numbers: Sequence[float | Tensor], words: Sequence[int] = ()) -> Tensor:
     """Put numbers and 32-bit words into one int32 tensor on the device, without a synchronisation.
 
-    They change every step: as arguments they would be baked into a CUDA graph. A number that is a tensor on the device
-    stays there.
+    A number that is a tensor on the device stays there. While a CUDA graph is captured the others are constants of it.
     """
     known = torch.tensor([0.0 if isinstance(x, Tensor) else x for x in numbers], dtype=torch.float32).view(torch.int32)
     packed = torch.cat([known, torch.tensor([signed(word) for word in words], dtype=torch.int32)])
-    if device.type == "cuda":
+    if device.type == "cuda" and capturing():
+        packed = constant(tuple(packed.tolist()), device)
+        packed = packed.clone() if any(isinstance(x, Tensor) for x in numbers) else packed
+    elif device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
     for index, value in enumerate(numbers):
         if isinstance(value, Tensor):

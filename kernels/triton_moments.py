@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blockwise import COMPANDED, Blocks
-from .reference import Blockwise
+from .reference import Blockwise, Count, corrections
 from .rounding import Target
 from .triton_blockwise import ON_CPU, ON_GPU, cut, decode, encode, tables
 from .triton_common import EXACT, mode_of, number, pack, raw, read_weight, write_weight
@@ -110,7 +110,7 @@ def dense_lion(grad, moment, out, scalars, count, BLOCK: tl.constexpr):
 def adam(
     grads: list[Tensor],
     moments: tuple[list[Tensor], list[Tensor]],
-    counts: list[int],
+    counts: Sequence[Count],
     out: list[Tensor],
     betas: tuple[float, float],
     eps: float,
@@ -172,13 +172,13 @@ def lion_blockwise(grads: Sequence[Tensor], moments: Sequence[Blocks], out: Sequ
         _launch(grad, moment, None, Target(direction), scalars, how, writes=False)
 
 
-def _adam_numbers(t: int, how: Blockwise) -> list[float]:
-    b1, b2 = how.betas
-    root = (1 - b2**t) ** 0.5
-    return [1 - b1, b2, 1 - b2, 1 / (1 - b1**t), 1 / root, how.eps / root if how.raw_eps else how.eps]
+def _adam_numbers(t: Count, how: Blockwise) -> list[float | Tensor]:
+    (b1, b2), (c1, c2) = how.betas, corrections(t, how.betas)
+    root = c2**0.5
+    return [1 - b1, b2, 1 - b2, 1 / c1, 1 / root, how.eps / root if how.raw_eps else how.eps]
 
 
-def _launch_dense(kernel: Any, tensors: tuple[Tensor, ...], numbers: list[float]) -> None:
+def _launch_dense(kernel: Any, tensors: tuple[Tensor, ...], numbers: Sequence[float | Tensor]) -> None:
     if not all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
         raise ValueError(f"got {[x.dtype for x in tensors]}: need contiguous fp32, pass backend='auto'")
     block, count, device = ON_GPU if tensors[0].is_cuda else ON_CPU, tensors[0].numel(), tensors[0].device

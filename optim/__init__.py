@@ -13,6 +13,7 @@
 - **Gradients:** `enable_gradient_release` steps in the backward pass, `SubspaceAccumulator` sums micro-batches in the
   subspace, `SubspaceReduction` sends R in the place of gradients, `kept_shard` shards so that projections send nothing,
   `check_replicas` tells whether copies are still equal.
+- **Speed:** `GraphedStep` launches the steps between refreshes as one CUDA graph.
 - **Checkpoints:** `convert_state` (another rank, other bits), `from_bitsandbytes`, `to_bitsandbytes`,
   `full_precision_state_dict`.
 - **Memory before training:** `plan`, `plan_training`.
@@ -31,6 +32,7 @@ from .flora import Flora
 from .frugal import Frugal
 from .galore import GaLore
 from .galore_plus import GaLorePlus
+from .graphs import GraphedStep
 from .lowrank import LowRank
 from .matched import Matched, matched
 from .online_subspace import OnlineSubspaceDescent
@@ -58,6 +60,7 @@ __all__ = [
     "GaLoreAdamW8bit",
     "GaLorePlus",
     "GradientRelease",
+    "GraphedStep",
     "LowRank",
     "Matched",
     "OnlineSubspaceDescent",

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .core import blocks, selection, state, weight_norm
+from .core import blocks, counts, selection, state, weight_norm
 from .core.bucket import Bucket
 from .core.free import Free, descend_, silence_, undivided_
 from .core.hyper import Hyper
 from .core.optimizer import SubspaceOptimizer
-from .core.spec import Spec, counter
+from .core.spec import Spec
 from .core.verbs import follow, inner, project, refresh
 from .core.view import MatrixView
 
@@ -157,6 +157,6 @@ class Frugal(SubspaceOptimizer):
             return super()._specs(param, view, group)
         norms = weight_norm.specs(param, Hyper.of(group)) if group["weight_norm"] else {}
         if view.rank == 0:
-            return {"step": counter(), **norms}
+            return {"step": counts.spec(param, Hyper.of(group)), **norms}
         whole = view.rank == view.b
         return {**state.specs(param, None if whole else view, Hyper.of(group)), **norms}

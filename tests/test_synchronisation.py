@@ -41,6 +41,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stochastic": {"rounding": "stochastic"},
     "compensated": {"rounding": "compensated"},
 }
+CAPTURABLE = {name: OPTIONS[name] for name in ("usual", "ascending, tensor rate", "decay", "compensated")}
+COUNTS = ("step", "residual_step", "basis_step")
+COUNTS_ON_HOST = {"flora", "adafactor", "adamw 8 bit"}
 
 
 def between_refreshes(optimizer: Lifecycle, params: list[torch.nn.Parameter]) -> None:
@@ -65,6 +68,22 @@ def between_refreshes(optimizer: Lifecycle, params: list[torch.nn.Parameter]) ->
 def test_a_step_asks_the_device_for_nothing(
     build: Callable[..., Lifecycle], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
+    optimizer = stepped(build, dtype, **options)
+    assert all(int(held["step"]) == 33 for held in optimizer.state.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", CAPTURABLE.values(), ids=CAPTURABLE)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in COUNTS_ON_HOST])
+def test_a_capturable_step_asks_for_its_count_neither(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    optimizer = stepped(METHODS[name], dtype, capturable=True, **options)
+    counts = [value for held in optimizer.state.values() for key, value in held.items() if key in COUNTS]
+    assert len(counts) >= len(SHAPES)
+    assert all(count.is_meta for count in counts)
+
+
+def stepped(build: Callable[..., Lifecycle], dtype: torch.dtype, **options: Any) -> Lifecycle:
+    """An optimizer after three steps between refreshes."""
     params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta")) for shape in SHAPES]
     optimizer = build(params, rank=4, update_proj_gap=GAP, **options)
     between_refreshes(optimizer, params)
@@ -72,7 +91,7 @@ def test_a_step_asks_the_device_for_nothing(
         for param in params:
             param.grad = torch.empty_like(param)
         optimizer.step()
-    assert all(int(optimizer.state[param]["step"]) == 33 for param in params)
+    return optimizer
 
 
 @pytest.mark.parametrize(

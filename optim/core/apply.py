@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from ...kernels import random
+from ...kernels.reference import Count
 from ...kernels.rounding import Target
-from . import codec
+from . import codec, counts
 from .bucket import Bucket
 from .rules import Work, learning_rate
 
 
-def count_step(b: Bucket) -> list[int]:
+def count_step(b: Bucket) -> list[Count]:
     """Advance the step count of every parameter and return the new counts."""
-    torch._foreach_add_([held["step"] for held in b.states], 1)
-    return [int(held["step"]) for held in b.states]
+    return counts.advance(b.states, b.hyper)
 
 
-def run_rule(b: Bucket, stored: Work, keys: list[tuple[int, ...]]) -> None:
+def run_rule(b: Bucket, stored: Work, keys: Sequence[tuple[Count, ...]]) -> None:
     """Run the rule on states in their storage dtype: load them, let the rule work, store them.
 
     Args:
@@ -29,29 +29,35 @@ def run_rule(b: Bucket, stored: Work, keys: list[tuple[int, ...]]) -> None:
         keys: What distinguishes each tensor in this step: the seed of the stochastic rounding of second moments.
     """
     place = b.place  # pieces of one moment round apart, replicas alike
-    seeds = [random.mix(b.hyper.seed, *key, *place) for key in keys]
+    seeds = [_seed(b, key, place) for key in keys]
     if b.rule.coded_direction(stored, b.hyper, seeds):
         return
     names, storage = b.rule.buffers(tuple(stored.grads[0].shape), b.hyper), b.hyper.state_dtype
     loaded = [{name: codec.load(held, name, storage, b.dtype) for name in names} for held in stored.states]
     b.rule.direction(replace(stored, states=loaded), b.hyper)
     for held, values, key, seed in zip(stored.states, loaded, keys, seeds, strict=True):
-        common = random.mix(b.hyper.seed, *key)
+        common = _seed(b, key, [])
         for name, value in values.items():
             own = common if name.endswith(("_row", "_col")) else seed  # pieces in one row, or column, share statistics
             if value is not held[name]:
                 codec.store(held, name, value, storage, own if b.dithers(name) else None)
 
 
+def _seed(b: Bucket, key: Sequence[Count], place: Sequence[int]) -> int:
+    """Of a step that may be captured none: what it would round at random is refused."""
+    return 0 if b.hyper.capturable else random.mix(b.hyper.seed, *map(int, (*key, *place)))
+
+
 def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
     """The factor of the direction and the factor of the weight, `(lr, 1 - lr wd)`.
 
     The authors' AdamW decays the weight it has just moved, which multiplies the direction by the decay as well. A
-    host tensor is read, a device tensor stays one.
+    host tensor is read, a device tensor stays one, as one on the parameter's device does for a graph.
     """
     hyper = b.hyper
     lr = hyper.lr
-    if isinstance(lr, Tensor) and lr.device.type == "cpu":
+    stays = hyper.capturable and isinstance(lr, Tensor) and lr.device == b.params[0].device
+    if isinstance(lr, Tensor) and lr.device.type == "cpu" and not stays:
         lr = float(lr)
     if b.rule.absolute:
         t = int(b.states[index]["step"])

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import codec, linalg, sides
+from . import codec, counts, linalg, sides
 from .basis import Dense
 from .rules import RULES, Work
-from .spec import Spec, counter
+from .spec import Spec
 from .together import batches, summed
 from .view import MatrixView
 
@@ -124,11 +124,11 @@ def _move_(b: Bucket, index: int, grad: Tensor, how: Descent) -> None:
     """One step of the basis' own optimizer."""
     held = b.states[index]
     basis, rule, lr = held["basis"], RULES[how.hyper.rule], how.hyper.lr
-    held[f"{PREFIX}step"] += 1
     moments = {name: held[PREFIX + name] for name in rule.buffers(tuple(basis.shape), how.hyper)}
     direction = torch.empty_like(grad)
     lies = sides.basis(b.layout, b.whole)
-    work = Work([grad], [moments], [int(held[f"{PREFIX}step"])], [basis], [direction], layout=lies, weighs=lies)
+    count = counts.advance([held], how.hyper, f"{PREFIX}step")
+    work = Work([grad], [moments], count, [basis], [direction], layout=lies, weighs=lies)
     rule.direction(work, how.hyper)
     basis.mul_(1 - lr * how.decay).sub_(direction if rule.absolute else direction.mul_(lr))
 
@@ -143,7 +143,11 @@ class Descending(Dense):
             PREFIX + name: Spec(size, work, param.device, axis="" if name.endswith("_col") else "projected")
             for name, size in RULES[own.rule].buffers(shape, own).items()
         }
-        return {"basis": Spec(shape, work, param.device, axis="projected"), f"{PREFIX}step": counter(), **moments}
+        return {
+            "basis": Spec(shape, work, param.device, axis="projected"),
+            f"{PREFIX}step": counts.spec(param, hyper),
+            **moments,
+        }
 
 
 DESCENDING = Descending()

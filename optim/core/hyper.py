@@ -57,6 +57,7 @@ class Hyper:
     foreach: bool | None
     fused: bool | None
     compat: str | None
+    capturable: bool = False
     density: float | None = None
     correct_bias: bool = True
     scale_parameter: bool = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +15,12 @@ from .groups import Groups
 from .layout import Layout
 from .plain import plain_
 from .planning import seen
+from .schedule import check_capture
 from .sharding import local
 from .spec import Spec
 from .spread import whole_bases
 from .view import MatrixView
+from .warm_up import warms_up
 
 
 class Release(Protocol):
@@ -83,7 +84,7 @@ class Lifecycle(Groups):
             The loss of the closure, or None.
 
         Raises:
-            RuntimeError: A gradient is sparse.
+            RuntimeError: A gradient is sparse, or a CUDA graph captures a step that it could not replay.
         """
         loss = None
         if closure is not None:
@@ -91,8 +92,9 @@ class Lifecycle(Groups):
                 loss = closure()
         if self.release is not None:
             self.release.end()
+        check_capture(self)
         self._prepare()
-        warming = self._warms_up()
+        warming = not self.state and warms_up(self.param_groups)
         hypers = [self._hyper(group) for group in self.param_groups]
         for plan in self._planned():
             if not self._waits(self.param_groups[plan.group]):
@@ -228,22 +230,3 @@ class Lifecycle(Groups):
     def _given(self) -> bool:
         """Tell whether there is a gradient at all."""
         return bool(self._low_grads) or any(p.grad is not None for group in self.param_groups for p in group["params"])
-
-    def _warms_up(self) -> bool:
-        """Recognise the step that checkpointing tools run to create state: nothing but rates of 0 and zero gradients.
-
-        It must allocate and do nothing else: no basis of zeros, no step counted.
-        """
-        if self.state or any(float(group["lr"]) != 0.0 for group in self.param_groups):
-            return False
-        given = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return not any(_nonzero(p, bool(group.get(stack.OPTION))) for p, group in given if not p.grad.is_sparse)
-
-
-def _nonzero(param: Tensor, stacked: bool) -> Tensor:
-    """Whether an entry of a gradient is not zero, over all pieces."""
-    assert param.grad is not None
-    layout = Layout.of(param, stacked=stacked)
-    if isinstance(layout.sharding, stack.Stacked):
-        layout = replace(layout, rows=(*layout.rows, *layout.sharding.dealers()))
-    return layout.max_all(layout.piece(param.grad).count_nonzero())

@@ -14,6 +14,7 @@ from . import stack, weight_norm
 from .adaptive import AUTO, choose_ranks, rank_in, tells
 from .bucket import Bucket
 from .lifecycle import Lifecycle
+from .sharding import is_dtensor
 from .spec import Spec
 from .summary import Summary
 from .view import MatrixView
@@ -54,6 +55,7 @@ class SubspaceOptimizer(Lifecycle):
         backend: str = "auto",
         foreach: bool | None = None,
         fused: bool | None = None,
+        capturable: bool = False,
         compat: str | None = None,
         replicas: dist.ProcessGroup | None = None,
     ) -> None:
@@ -70,7 +72,7 @@ class SubspaceOptimizer(Lifecycle):
             "backend": backend,
         }
         numerics |= {"basis_dtype": basis_dtype, "shard_basis": shard_basis}
-        torch_form = {"maximize": maximize, "foreach": foreach, "fused": fused}
+        torch_form = {"maximize": maximize, "foreach": foreach, "fused": fused, "capturable": capturable}
         super().__init__(params, adam | subspace | schedule | search | numerics | torch_form | {"compat": compat})
         if (energy is not None or budget is not None) and not any(group["rank"] == AUTO for group in self.param_groups):
             raise ValueError(f"energy={energy}, budget={budget} choose ranks, and no group has rank='auto': pass it")
@@ -105,9 +107,11 @@ class SubspaceOptimizer(Lifecycle):
         return group["rank"] == AUTO and group.get("ranks") is None
 
     def needs_all_gradients(self) -> str | None:
-        """Ranks that are open are chosen from all gradients."""
+        """Ranks that are open are chosen from all gradients, and a graph steps all parameters."""
         if any(self._waits(group) for group in self.param_groups):
             return "rank='auto' chooses ranks from all gradients of a step: take one step first"
+        if any(group["capturable"] for group in self.param_groups):
+            return "capturable=True is for steps of all parameters in one graph: pass capturable=False"
         return super().needs_all_gradients()
 
     def _bytes_at(self, param: Tensor, rank: int, group: dict[str, Any]) -> int | None:
@@ -123,7 +127,8 @@ class SubspaceOptimizer(Lifecycle):
         return super()._view(param, {**group, "rank": rank}) if rank else None
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return (*super()._structure(group), group["weight_norm"], group["shard_basis"], tuple(group.get("ranks") or ()))
+        own = (group["weight_norm"], group["shard_basis"], group["capturable"])
+        return (*super()._structure(group), *own, tuple(group.get("ranks") or ()))
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         described = super()._specs(param, view, group)
@@ -133,6 +138,11 @@ class SubspaceOptimizer(Lifecycle):
 
     def _admit(self, param: Tensor, group: dict[str, Any]) -> None:
         super()._admit(param, group)
+        if group["capturable"] and is_dtensor(param):
+            raise ValueError(
+                f"got a sharded {tuple(param.shape)} parameter with capturable=True, whose sums over ranks are not "
+                "captured: pass capturable=False"
+            )
         if group["weight_norm"] and self._sees(param, group) is not None:
             weight_norm.check(stack.one(param, group))
 

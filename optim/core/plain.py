@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from ...kernels import pick, random
-from ...kernels.reference import NO_CORRECTION
+from ...kernels.reference import NO_CORRECTION, Count
 from ...kernels.rounding import Target
 from ...kernels.tiles import tiles
 from . import codec, state
@@ -53,6 +53,7 @@ def _delegate(b: Bucket, indices: list[int], *, fused: bool) -> None:
         weight_decay=hyper.weight_decay,
         eps=single_eps(hyper.eps),
         maximize=hyper.maximize,
+        capturable=hyper.capturable,
     )
 
 
@@ -74,11 +75,14 @@ def _by_rule(b: Bucket) -> None:
             move_(part, codec.matrix(step).mul_(lr), decay)
 
 
-def _coded_adamw_(b: Bucket, t: int) -> bool:
-    """AdamW on moments in 8 bits: one pass over weight, gradient and codes; tell whether that is the case."""
+def _coded_adamw_(b: Bucket, t: Count) -> bool:
+    """AdamW on moments in 8 bits: one pass over weight, gradient and codes; tell whether that is the case.
+
+    Their rounding takes the step count from the host.
+    """
     held, hyper, position = b.states[0], b.hyper, b.positions[0]
     first, second = codec.coded(held, "exp_avg"), codec.coded(held, "exp_avg_sq")
-    if hyper.rule != "adamw" or hyper.maximize or first is None or second is None:
+    if hyper.rule != "adamw" or hyper.maximize or first is None or second is None or isinstance(t, Tensor):
         return False
     count = t if hyper.correct_bias else NO_CORRECTION
     how = blockwise(hyper, [random.mix(hyper.seed, position, t)])

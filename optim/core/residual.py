@@ -141,7 +141,7 @@ def limited(b: Bucket, phi: Tensor, low: Tensor, how: Scaling) -> Tensor:
         return phi
     norms = norms.sqrt()
     for index, held in enumerate(b.states):
-        t, (beta1, beta2) = int(held["step"]), b.hyper.betas
+        t, (beta1, beta2) = int(held["step"]) if b.hyper.official else 0, b.hyper.betas
         corrected = b.hyper.official and b.hyper.correct_bias and b.hyper.rule == "adamw"
         raw = (1 - beta1**t) / (1 - beta2**t) ** 0.5 if corrected else 1.0
         last = held[LIMIT]

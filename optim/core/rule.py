@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ...kernels.reference import Count
 from .layout import ALONE, Layout
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Work:
     Args:
         grads: Gradients R (a, r), or full gradients of any shape.
         states: State tensors by name; updated in place.
-        counts: Step count t of each tensor, from 1.
+        counts: Step count t of each tensor, from 1; tensors on the device in steps that may be captured.
         weights: The parameters, for rules that scale by their size.
         out: Directions N, of the shapes of `grads`; written.
         ages: Step counts of each column (r,), in the place of `counts`, where columns have started at different steps.
@@ -38,7 +39,7 @@ class Work:
 
     grads: Sequence[Tensor]
     states: Sequence[dict[str, Tensor]]
-    counts: Sequence[int]
+    counts: Sequence[Count]
     weights: Sequence[Tensor]
     out: Sequence[Tensor]
     ages: Sequence[Tensor] | None = None

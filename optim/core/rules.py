@@ -117,7 +117,7 @@ class Adafactor(Rule):
         """Tensor by tensor, without a host synchronisation; of pieces, statistics and sizes are those of the whole."""
         floor = hyper.eps[0] if isinstance(hyper.eps, tuple) else hyper.eps**2
         for grad, state, t, weight, out in zip(
-            work.grads, work.states, work.counts, work.weights, work.out, strict=True
+            work.grads, work.states, map(int, work.counts), work.weights, work.out, strict=True
         ):
             fresh, pair = 1.0 - factored.beta2(t, hyper.beta2_decay), sides.pair(work.layout, grad.ndim)
             if "exp_avg_sq" in state:

@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...kernels.reference import Move
+from ...kernels.reference import Count, Move
 from ...kernels.rounding import Target
-from . import codec, entries
+from . import codec, counts, entries
 from .apply import rates, run_rule
 from .basis import DENSE, Dense, State, Step
 from .bucket import Bucket
@@ -165,19 +165,18 @@ def _exchange_(b: Bucket, index: int, described: dict[str, Spec]) -> None:
 def _directions(b: Bucket, low: Tensor, chosen: list[int], support: Support) -> list[Entries]:
     """One step of Adam at S of some weights of the bucket: one launch for all."""
     states, mine = [b.states[index] for index in chosen], entries.share(support.count, b.layout)
-    torch._foreach_add_([held[STEP] for held in states], 1)
-    counts = [int(held[STEP]) for held in states]
-    for held, count in zip(states, counts, strict=True):
-        if support.count == support.size and count == 1:
+    times = counts.advance(states, b.hyper, STEP)
+    for held, count in zip(states, times, strict=True):
+        if support.count == support.size and (isinstance(count, Tensor) or count == 1):
             torch.arange(mine.start, mine.start + len(held[INDEX]), out=held[INDEX])
     places = _places(b, states, support)
     seen = [_seen(b, index, low[index], place, support) for index, place in zip(chosen, places, strict=True)]
     grads = entries.deal(seen, b.layout)
     out = [torch.empty_like(grad) for grad in grads]
-    keys: list[tuple[int, ...]] = [(b.positions[index], t, 1) for index, t in zip(chosen, counts, strict=True)]
+    keys: list[tuple[Count, ...]] = [(b.positions[index], t, 1) for index, t in zip(chosen, times, strict=True)]
     keys = [(*key, mine.start) for key in keys] if mine.start else keys
     moments = [_unprefixed(held) for held in states]
-    run_rule(b, Work(grads, moments, counts, [b.params[index] for index in chosen], out), keys)
+    run_rule(b, Work(grads, moments, times, [b.params[index] for index in chosen], out), keys)
     whole = entries.collect(out, support.count, b.layout)
     found = zip(chosen, places, whole, strict=True)
     return [_step(b, index, place, direction, support) for index, place, direction in found]

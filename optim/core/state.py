@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from . import codec, sides
+from . import codec, counts, sides
 from .hyper import Hyper
 from .layout import ALONE, Layout
 from .rules import RULES
@@ -15,7 +15,8 @@ from .spec import Spec, counter
 from .view import MatrixView
 
 COUNTERS = ("step", "until_refresh", "refreshes", "skipped_refreshes")
-"""0-d CPU tensors: Adam's step count, steps until the next refresh, refreshes done, refreshes skipped."""
+"""0-d CPU tensors: Adam's step count (with `capturable=True` on the parameter's device, for it enters the step), steps
+until the next refresh, refreshes done, refreshes skipped."""
 
 INTERVAL = "interval"
 """One more where refreshes are lazy: steps between two of them now."""
@@ -41,8 +42,8 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
         moments |= codec.specs(name, size, param, hyper.state_dtype, axis_of(name, param.ndim, view))
     if view is None:
         on_device = runs_fused(param, hyper) and param.device.type == "cuda"
-        return {"step": counter(param.device if on_device else "cpu"), **moments}
-    described = {name: counter() for name in COUNTERS}
+        return {"step": counter(param.device) if on_device else counts.spec(param, hyper), **moments}
+    described = {name: counter() for name in COUNTERS} | {"step": counts.spec(param, hyper)}
     if hyper.lazy is not None:
         described[INTERVAL] = counter()
     if hyper.counts_coordinates:
@@ -59,16 +60,24 @@ def axis_of(name: str, ndim: int, view: MatrixView | None) -> str:
 
 
 def delegates(param: Tensor, hyper: Hyper) -> bool:
-    """Tell whether a plain parameter is stepped by torch's own AdamW, bit for bit."""
+    """Tell whether a plain parameter is stepped by torch's own AdamW, bit for bit.
+
+    Off a GPU only its fused form is capturable.
+    """
     same_storage = codec.storage_dtype(param.dtype, hyper.state_dtype) == param.dtype
     same_storage = same_storage and codec.form_of("exp_avg", param.shape, hyper.state_dtype) is None
     full_precision = param.dtype == codec.work_dtype(param.dtype)
-    return hyper.rule == "adamw" and not hyper.official and same_storage and full_precision
+    runs = not hyper.capturable or param.device.type == "cuda" or _fused(param, hyper)
+    return hyper.rule == "adamw" and not hyper.official and same_storage and full_precision and runs
 
 
 def runs_fused(param: Tensor, hyper: Hyper) -> bool:
     """Tell whether that is torch's fused form: asked for, or neither form asked for and the device has it."""
-    if not delegates(param, hyper) or not param.is_contiguous():
+    return delegates(param, hyper) and _fused(param, hyper)
+
+
+def _fused(param: Tensor, hyper: Hyper) -> bool:
+    if not param.is_contiguous():
         return False  # torch's fused kernel on a CPU walks memory, whatever the strides
     if hyper.fused is None:
         return hyper.foreach is None and param.device.type in ("cpu", "cuda")

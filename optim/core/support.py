@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import codec
+from . import codec, counts
 from .basis import DENSE
 from .hyper import Hyper
 from .projector import PROJECTORS
@@ -54,7 +54,7 @@ class Support:
 
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper, *, chosen: bool) -> dict[str, Spec]:
         """Describe the state: `m n` elements before S is chosen, then `chosen`."""
-        counters = {WARMUP: counter(), STEP: counter()}
+        counters = {WARMUP: counter(), STEP: counts.spec(param, hyper)}
         if self.warmup and not chosen:
             work = codec.work_dtype(param.dtype)
             return counters | {AVERAGE: Spec((view.m, view.n), work, param.device, axis="param")}

@@ -71,7 +71,7 @@ def writing(
     weight = param.detach().reshape(shape)
     correction = held[CORRECTION].view(shape) if CORRECTION in held else None
     mode = how.rounding if param.dtype == torch.bfloat16 else "nearest"  # wider weights are exact
-    seed = 0 if mode == "nearest" else random.mix(how.seed, position, int(held["step"]), TAG)
+    seed = 0 if mode in ("nearest", "compensated") else random.mix(how.seed, position, int(held["step"]), TAG)
     row, col = (box.row, box.col) if box else (0, 0)
     yield Target(weight, mode, correction, seed, row, col)
     if weight.data_ptr() != param.data_ptr():

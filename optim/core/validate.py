@@ -38,14 +38,19 @@ UNSUPPORTED = ("amsgrad", "capturable", "differentiable")
 """Switches of torch.optim.AdamW that may be present in a group but not on."""
 
 
-def check_adam(group: Mapping[str, Any]) -> None:
-    """Validate what every optimizer shares with torch.optim.AdamW, with torch's own messages."""
+def check_adam(group: Mapping[str, Any], *, capturable: bool = False) -> None:
+    """Validate what every optimizer shares with torch.optim.AdamW, with torch's own messages.
+
+    Args:
+        group: A complete group.
+        capturable: Whether the optimizer has that option.
+    """
     lr, eps = group["lr"], group["eps"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not 0.0 <= float(lr) < float("inf"):
         raise ValueError(f"Invalid learning rate: {lr}")
-    if isinstance(lr, Tensor) and group.get("foreach"):
+    if isinstance(lr, Tensor) and group.get("foreach") and not group.get("capturable"):
         raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
     if group.get("foreach") and group.get("fused"):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
@@ -60,7 +65,7 @@ def check_adam(group: Mapping[str, Any]) -> None:
     if not 0.0 <= group["weight_decay"] < float("inf"):
         raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
     for name in UNSUPPORTED:
-        if group.get(name):
+        if group.get(name) and not (capturable and name == "capturable"):
             raise ValueError(f"{name}=True is not supported by this optimizer; drop it or pass {name}=False")
 
 
@@ -79,9 +84,11 @@ def check_subspace(group: Mapping[str, Any]) -> None:
     Raises:
         ValueError: A value is out of range or not one of the choices.
     """
-    check_adam(group)
+    check_adam(group, capturable=True)
     check_factored(group)
     check_choices(group, CHOICES)
+    if group.get("capturable"):
+        _check_capturable(group)
     _check_backend(group)
     check_rank(group)
     if not 0.0 < group["scale"] < float("inf"):
@@ -89,6 +96,36 @@ def check_subspace(group: Mapping[str, Any]) -> None:
     _check_projector(group)
     if group.get("dim", 2) != 2:
         raise ValueError(f"Invalid dim: {group['dim']}; drop the key, more dimensions are viewed as a matrix")
+
+
+def _check_capturable(group: Mapping[str, Any]) -> None:
+    """Refuse what takes a number from the host that is another in every step, which a graph would freeze."""
+    heads = isinstance(group.get("num_heads"), (list, tuple)) and group.get("residual") == "additive"
+    drifts = bool(RULES[group["rule"]].drifting)
+    fine = (None, "float32", "float64") if drifts else (None, "float32", "float64", "bfloat16", "parameter")
+    follows = group["projector"] == "descend"
+    refused = {
+        "compat": (group["compat"], "the authors' order of operations reads step counts: pass compat=None"),
+        "rule": (group["rule"] == "adafactor", "its rates are numbers of the host: pass rule='adamw' or 'rmsprop'"),
+        "proj_rule": (follows and group.get("proj_rule") == "adafactor", "as rule='adafactor': pass proj_rule='adam'"),
+        "rounding": (
+            group["rounding"] not in ("nearest", "compensated"),
+            "random bits are a function of the step: pass rounding='compensated', or 'nearest'",
+        ),
+        "state_dtype": (
+            group["state_dtype"] not in fine,
+            "moments in few bits are rounded by random bits of the step: pass state_dtype='float32'",
+        ),
+        "weight_norm": (group.get("weight_norm"), "its rates of rows read a step count: pass weight_norm=False"),
+        "projector": (
+            group["projector"] == "dct",
+            "its matrix lives in a cache, not in state: pass projector='columns' or 'sketch'",
+        ),
+        "num_heads": (heads, "ranges of heads put numbers on the device in a step: pass residual='exact'"),
+    }
+    for name, (wrong, reason) in refused.items():
+        if wrong:
+            raise ValueError(f"capturable=True does not go with {name}={group[name]!r}: {reason}, or capturable=False")
 
 
 def _check_backend(group: Mapping[str, Any]) -> None:

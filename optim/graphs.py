@@ -1,0 +1,243 @@
+"""Steps by CUDA graph: the operations of a step are captured once and launched together from then on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as hooks
+
+from ..kernels.capture import sharing
+from .core import blocks
+from .core.lifecycle import Lifecycle
+from .core.schedule import Schedule
+
+Step = Callable[[], Any]
+
+COUNTED = ("params", "param_names", blocks.DONE, blocks.WAIT)
+"""Entries of a group that a captured step does not depend on, or that the host counts."""
+
+PATIENCE = 10
+"""Steps without a replay, for options that change, after which a warning says so."""
+
+
+class Graphs(Protocol):
+    """What captures a step."""
+
+    def warm_up(self, step: Step) -> None:
+        """Run a step where the next will be captured."""
+
+    def capture(self, step: Step) -> Step:
+        """Record the operations of a step on the device, without effect there, and return what runs them."""
+
+
+class CudaGraphs:
+    """Graphs of torch.cuda.
+
+    Args:
+        device: The device of all parameters.
+
+    Raises:
+        RuntimeError: It is no CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise RuntimeError(
+                f"GraphedStep captures CUDA graphs, the parameters are on {device}: move the model, model.to('cuda'), "
+                "before you construct the optimizer, or call optimizer.step()"
+            )
+        self._device = device
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def warm_up(self, step: Step) -> None:
+        """Run a step on the side stream, where libraries get their workspaces and kernels are compiled."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            step()
+        current.wait_stream(self._stream)
+
+    def capture(self, step: Step) -> Step:
+        """Capture it; threads of a data loader may pin memory meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        within = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
+        with torch.cuda.device(self._device), sharing(), within:
+            step()
+        return graph.replay
+
+
+class GraphedStep:
+    """Call it in the place of `optimizer.step()`: steps between refreshes are one launch of a captured CUDA graph.
+
+        optimizer = GaLore(param_groups(model, rank=128), lr=torch.tensor(1e-2, device="cuda"), capturable=True)
+        step = GraphedStep(optimizer)
+        for batch in batches:
+            loss(batch).backward()
+            step()
+            scheduler.step()
+            step.zero_grad()  # in place: the graph reads gradients where they were
+
+    A step that does something else runs as it is: the first, those that refresh a basis, choose ranks, find the entries
+    of a residual or open a window of blocks. With `stagger=True` that may be nearly every step; leave it off here.
+    Trajectories, counters and state dicts are those of `optimizer.step()`. A graph holds the temporaries of a step.
+
+    Numbers of the host are constants of a graph. A learning rate that changes must be a tensor on the parameters'
+    device, which schedulers fill; where a number, another option, the set of gradients or a parameter is another one,
+    or a state dict was loaded, the step is captured anew after its warm-up. Hooks of `step` run in no graph and are
+    refused.
+
+    Args:
+        optimizer: An optimizer with `capturable=True`.
+        warmup: Steps that run on a side stream before one is captured.
+        graphs: What captures; None takes CUDA graphs on the device of the parameters.
+
+    Raises:
+        TypeError: The optimizer is not of this package.
+        ValueError: A group is not capturable, or parameters are on several devices.
+        RuntimeError: They are on no CUDA device. Later: a gradient has moved, or a hook would not run.
+    """
+
+    def __init__(self, optimizer: Lifecycle, *, warmup: int = 3, graphs: Graphs | None = None) -> None:
+        if not isinstance(optimizer, Lifecycle):
+            raise TypeError(f"got a {type(optimizer).__name__}: GraphedStep needs an optimizer of lowmem.optim")
+        if not isinstance(warmup, int) or warmup is True or warmup < 1:
+            raise ValueError(f"Invalid warmup: {warmup!r}; need an integer of at least 1")
+        self.optimizer = optimizer
+        self.captures = 0
+        """Graphs that were captured so far."""
+        self.replays = 0
+        """Steps that were a launch of one."""
+        self._check()
+        self._device = _device(optimizer)
+        self._graphs = CudaGraphs(self._device) if graphs is None else graphs
+        self._warmup, self._idle = warmup, 0
+        self._key: tuple[Any, ...] = ()
+        self.reset()
+        optimizer.register_load_state_dict_post_hook(lambda _: self.reset())
+
+    def reset(self) -> None:
+        """Forget the graph, where something was changed that a step cannot see: the next ones warm up again."""
+        self._replay: Step | None = None
+        self._warm = 0
+        self._places: tuple[Any, ...] = ()
+
+    def zero_grad(self) -> None:
+        """Set gradients to zero in place, as `optimizer.zero_grad(set_to_none=False)`."""
+        self.optimizer.zero_grad(set_to_none=False)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Perform one optimization step.
+
+        Raises:
+            RuntimeError: A gradient is elsewhere than it was captured, or the optimizer has hooks of `step`.
+        """
+        self._notice_changes()
+        schedule = Schedule.of(self.optimizer)
+        if schedule.due:
+            self.optimizer.step()
+        elif self._warm < self._warmup:
+            self._graphs.warm_up(self.optimizer.step)
+            self._warm += 1
+        elif self._replay is None or self._moved():
+            self._capture()
+        else:
+            schedule.count()
+            self._launch(self._replay)
+
+    def _notice_changes(self) -> None:
+        """Forget the graph where a step would be another one, and say so where that is always."""
+        key = self._key
+        self._key = _key(self.optimizer, self._device)
+        if self._key == key:
+            return
+        self._check()
+        if self._replay is None and key:
+            self._idle += 1
+        if self._idle == PATIENCE:
+            names = sorted({entry[1] for entry in set(key) ^ set(self._key) if isinstance(entry[1], str)})
+            warnings.warn(
+                f"GraphedStep replays nothing, {', '.join(names) or 'the set of gradients'} was another in {PATIENCE} "
+                "steps: a rate that a scheduler moves must be a tensor, lr=torch.tensor(1e-2, device='cuda')",
+                stacklevel=3,
+            )
+        self.reset()
+
+    def _check(self) -> None:
+        """Refuse groups that are not capturable; a loaded state dict has its own."""
+        if any(not group.get("capturable") for group in self.optimizer.param_groups):
+            raise ValueError(
+                f"GraphedStep needs a {type(self.optimizer).__name__} whose groups are all capturable: construct it "
+                "with capturable=True, or after loading a state dict without it, "
+                "for group in optimizer.param_groups: group['capturable'] = True"
+            )
+
+    def _moved(self) -> bool:
+        """Whether state is elsewhere than it was captured.
+
+        Raises:
+            RuntimeError: A gradient is.
+        """
+        places = _places(self.optimizer)
+        if places[0] != self._places[0]:
+            raise RuntimeError(
+                "gradients are no longer where the graph reads them: clear them in place, step.zero_grad() or "
+                "optimizer.zero_grad(set_to_none=False); after moving them on purpose call step.reset()"
+            )
+        return bool(places != self._places)
+
+    def _capture(self) -> None:
+        optimizer = self.optimizer
+        known = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+        if any(known) or hooks._global_optimizer_pre_hooks or hooks._global_optimizer_post_hooks:
+            raise RuntimeError(
+                "hooks of optimizer.step would not run in a graph: remove them, handle.remove(), and call what they do "
+                "beside step()"
+            )
+        self._replay = None  # before its successor takes memory
+        replay = self._graphs.capture(optimizer.step)  # in which the host counts, and the device does nothing
+        self._replay, self._places = replay, _places(optimizer)
+        self.captures += 1
+        self._launch(replay)
+
+    def _launch(self, replay: Step) -> None:
+        replay()
+        self.replays += 1
+        self._idle = 0
+
+
+def _device(optimizer: Optimizer) -> torch.device:
+    devices = {param.device for group in optimizer.param_groups for param in group["params"]}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"got parameters on {names}: GraphedStep needs one device, give each an optimizer of its own")
+    device: torch.device = devices.pop()
+    return device
+
+
+def _key(optimizer: Optimizer, device: torch.device) -> tuple[Any, ...]:
+    """What a graph has frozen: options, and which parameters there are and have a gradient."""
+    entries: list[tuple[Any, ...]] = []
+    for index, group in enumerate(optimizer.param_groups):
+        entries += [(index, name, _frozen(group[name], device)) for name in group if name not in COUNTED]
+        entries += [(index, id(p), p.data_ptr(), p.dtype, p.shape, p.grad is None) for p in group["params"]]
+    return tuple(entries)
+
+
+def _frozen(value: Any, device: torch.device) -> Any:
+    """An option as a graph knows it: a tensor on its device by address, all else by value."""
+    if isinstance(value, Tensor):
+        return value.data_ptr() if value.device == device else str(value.tolist())
+    return repr(value) if isinstance(value, (list, dict)) else value
+
+
+def _places(optimizer: Optimizer) -> tuple[Any, ...]:
+    """Addresses of gradients, and of the state of their parameters."""
+    given = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    state = [value.data_ptr() for p in given for value in optimizer.state.get(p, {}).values()]
+    return tuple(p.grad.data_ptr() for p in given), tuple(state)
