@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 PACKAGES = {
     "lowmem.optim": "optim",
     "lowmem.optim.core": "optim/core",
+    "lowmem.optim.planning": "optim/planning",
     "lowmem.kernels": "kernels",
     "lowmem.bench": "bench",
     "lowmem.bench.lab": "bench/lab",

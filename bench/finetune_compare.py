@@ -40,6 +40,7 @@ GRIDS = {
     "adamw": "adamw lr=1e-4|3e-4|1e-3",
     "galore": "galore rank=8 update_proj_gap=20 lr=1e-3|3e-3|1e-2",
     "fira": "fira rank=8 update_proj_gap=20 lr=1e-3|3e-3|1e-2",
+    "apollo": "apollo rank=8 update_proj_gap=20 lr=1e-3|3e-3|1e-2",
     "frugal": "frugal rank=8 update_proj_gap=20 lr=3e-4|1e-3|3e-3",
     "adafactor": "adafactor lr=3e-3|1e-2|3e-2",
     "galoreplus": "galoreplus rank=8 update_proj_gap=20 lr=1e-3|3e-3|1e-2",

@@ -16,6 +16,7 @@ GRIDS = {
     "galore": "lr=1e-2|2e-2|4e-2",
     "galoreplus": "lr=1e-2|2e-2|4e-2",
     "fira": "lr=1e-2|2e-2|4e-2",
+    "apollo": "lr=5e-3|1e-2|2e-2",
     "frugal": "lr=1e-3|2e-3|4e-3 density=0.25",
     "onlinesubspacedescent": "lr=3e-3|1e-2|3e-2",
     "flora": "lr=1e-2|3e-2|1e-1",

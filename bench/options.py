@@ -115,13 +115,22 @@ def flags_to_texts(arguments: Sequence[str], switches: Sequence[str]) -> dict[st
 
 
 def pairs_to_texts(words: Sequence[str]) -> dict[str, str]:
-    """Read `name=value` words into texts by name."""
-    texts = {}
+    """Read `name=value` words into texts by name.
+
+    Raises:
+        UserError: If a word is not written so, or a name is given twice.
+    """
+    texts: dict[str, str] = {}
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
             raise UserError(f"{word!r}: options are written name=value, for example lr=1e-3")
-        texts[name.replace("-", "_")] = text
+        name = name.replace("-", "_")
+        if name in texts:
+            raise UserError(
+                f"{name} is given twice, {texts[name]} and {text}: write {name}={texts[name]}|{text} for both"
+            )
+        texts[name] = text
     return texts
 
 

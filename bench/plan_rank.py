@@ -25,8 +25,8 @@ from ..optim.core.linalg import unfinished
 from ..optim.core.sharding import local
 from ..optim.core.state import zeros
 from ..optim.plan import KINDS, Watch, by_kind
-from ..optim.planning_steps import without_data
-from ..optim.planning_watch import pieces_of, replaced
+from ..optim.planning.steps import without_data
+from ..optim.planning.watch import pieces_of, replaced
 from .errors import UserError
 from .plan_world import Cost, World, own, place, pretended
 

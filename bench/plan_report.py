@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..optim.plan import TrainingPlan
-from ..optim.planning_model import LAYERS
+from ..optim.planning.model import LAYERS
 
 if TYPE_CHECKING:
     from .plan_rank import RankPlan

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..optim.plan import Needs, Pass, TrainingPlan, needs
-from ..optim.planning_model import trace
+from ..optim.planning.model import trace
 from .errors import UserError, one_line
 from .models import SHAPES
 from .optimizers import build_optimizer, run_options

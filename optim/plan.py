@@ -28,10 +28,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .core.lifecycle import Lifecycle
-from .planning_model import Loss, Pass, trace
-from .planning_state import KINDS, by_kind, described, kept, kind
-from .planning_steps import Step, alone, kind_of, largest, together, without_data
-from .planning_watch import Watch, pieces_of
+from .planning.model import Loss, Pass, trace
+from .planning.state import KINDS, by_kind, described, kept, kind
+from .planning.steps import Step, alone, kind_of, largest, together, without_data
+from .planning.watch import Watch, pieces_of
 
 __all__ = [
     "KINDS",

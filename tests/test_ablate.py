@@ -486,6 +486,8 @@ def test_a_pruned_run_keeps_its_figures_alone(small, monkeypatch):
     figures = run(monkeypatch, ablation, Inline(), prune=True)
     left = {path.name for path in Path("out/adamw_lr_1e-2").iterdir()}
     assert left == {"config.json", "metrics.jsonl", "summary.json", "loss.png"}
+    assert not list(Path("out/adamw_lr_1e38").glob("checkpoint*"))
+    assert (Path("out/adamw_lr_1e38") / "diverged.json").exists()
     assert run(monkeypatch, ablation, Inline()) == figures
 
 

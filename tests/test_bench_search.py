@@ -59,6 +59,11 @@ def test_a_grid_with_a_gap_is_refused(text):
         expand(parse_entry(f"adamw {text}"))
 
 
+def test_an_option_given_twice_is_refused():
+    with pytest.raises(UserError, match=r"update_proj_gap is given twice, 5 and 6: write update_proj_gap=5\|6"):
+        parse_entry("galore update_proj_gap=5 update-proj-gap=6")
+
+
 def test_the_shared_seed_keeps_the_folder_and_others_are_named():
     (run,) = first_runs(expand(parse_entry("galore lr=1e-2 rank=4")), seed=5)
     assert (run.folder, run.seed) == ("galore_lr_1e-2_rank_4", 5)

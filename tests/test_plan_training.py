@@ -19,7 +19,7 @@ from lowmem.bench.planner import Planner, Settings
 from lowmem.bench.skeleton import Skeleton
 from lowmem.optim import Adafactor, Fira, GaLore, enable_gradient_release, param_groups
 from lowmem.optim.plan import Watch, plan_training
-from lowmem.optim.planning_model import trace
+from lowmem.optim.planning.model import trace
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile

@@ -30,7 +30,7 @@ class Settings:
         jobs: Runs at a time.
         executor: `processes` of this machine, or `ray`.
         save_every: Steps between checkpoints; 0 saves at the end only.
-        prune: Whether to delete weights and checkpoints of runs that are finished.
+        prune: Whether to delete weights and checkpoints of runs that are finished, or have diverged.
         run: Whether to run what is missing, rather than to report what is there.
         command: What was written, for the report.
     """
@@ -73,8 +73,8 @@ def _run_and_report(lab: Lab, settings: Settings, trials: Sequence[Trial], outco
         if settings.run and any(outcome.error == MISSING for outcome in outcomes):
             _run(trials, outcomes, settings, Console(highlight=False, soft_wrap=True))
     finally:
-        for trial in trials if settings.prune else ():
-            if trial.folder.finished:
+        for trial, outcome in zip(trials, outcomes, strict=True) if settings.prune else ():
+            if outcome.summary or outcome.diverged:
                 trial.folder.prune()
         if any(outcome.error != MISSING for outcome in outcomes):
             report(lab, trials, outcomes, settings.out, settings.command)
@@ -95,6 +95,6 @@ def _run(trials: Sequence[Trial], outcomes: list[Outcome], settings: Settings, c
         for number, end in ends:
             index = missing[number]
             outcomes[index] = trials[index].ended(end)
-            if settings.prune and outcomes[index].summary:
+            if settings.prune and (outcomes[index].summary or outcomes[index].diverged):
                 trials[index].folder.prune()
             progress.end(trials[index].label, outcomes[index])

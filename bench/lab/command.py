@@ -73,7 +73,8 @@ def ablate(
     ] = "processes",
     save_every: SaveEvery = 0,
     prune: Annotated[
-        bool, typer.Option("--prune", help="Delete weights and checkpoints of runs that are finished.")
+        bool,
+        typer.Option("--prune", help="Delete weights and checkpoints of runs that are finished, or have diverged."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the runs, their tokens and estimated state, and run nothing.")

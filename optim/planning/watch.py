@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import adagrad, adam, sgd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..kernels import moments, random, tiles
-from .core import bucket, refresh
+from ...kernels import moments, random, tiles
+from ..core import bucket, refresh
 
 aten = torch.ops.aten
 META = torch.device("meta")

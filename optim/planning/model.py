@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .planning_watch import META, Watch, replaced
-from .targets import HEAD_NAMES
+from ..targets import HEAD_NAMES
+from .watch import META, Watch, replaced
 
 LAYERS = ("attention", "mlp", "norms", "embedding", "head", "other")
 """Types of layers: `head` are the logits and the loss, `other` is between layers, as the residual stream."""

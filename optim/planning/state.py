@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .core.codec import SCALE
-from .core.lifecycle import Lifecycle
-from .core.state import is_counter
-from .core.target import CORRECTION
-from .planning_steps import kind_of
+from ..core.codec import SCALE
+from ..core.lifecycle import Lifecycle
+from ..core.state import is_counter
+from ..core.target import CORRECTION
+from .steps import kind_of
 
 KINDS = ("moments", "bases", "scales", "corrections", "other")
 """Kinds of state: `other` are limits, ages, indices of single entries and what else takes a few bytes."""

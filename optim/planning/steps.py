@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .core.codec import work_dtype
-from .core.lifecycle import Lifecycle
-from .core.optimizer import SubspaceOptimizer
-from .core.state import zeros
-from .planning_watch import META, Watch
+from ..core.codec import work_dtype
+from ..core.lifecycle import Lifecycle
+from ..core.optimizer import SubspaceOptimizer
+from ..core.state import zeros
+from .watch import META, Watch
 
 Kind = tuple[int, torch.Size, torch.dtype, tuple[int, ...]]
 
