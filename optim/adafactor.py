@@ -12,15 +12,17 @@ from torch.optim.optimizer import ParamsT
 from ..kernels import EVERYWHERE
 from ..kernels.rounding import ROUNDINGS, Target
 from ..kernels.tiles import tiles
-from .core import codec, factored
-from .core.adafactor import Options, check_update, precondition, specs, step_size, whitened
+from .core import codec
+from .core.adafactor import Options, Size, check_update, count_step, sizes, specs, whiten
 from .core.apply import move_
 from .core.bucket import Bucket
+from .core.codec import State
+from .core.factored import Whitened
 from .core.hyper import scalar
-from .core.layout import Layout
 from .core.lifecycle import Lifecycle
 from .core.spec import Spec
 from .core.target import writing
+from .core.together import Make, Recipe, buckets
 from .core.validate import check_choices
 from .core.view import MatrixView
 
@@ -172,26 +174,10 @@ class Adafactor(Lifecycle):
         return cls(params, lr, **preset | options)
 
     def plain(self, b: Bucket) -> None:
-        """One step of Adafactor, parameter by parameter."""
-        torch._foreach_add_([held["step"] for held in b.states], 1)
+        """One step of Adafactor, parameter by parameter; of pieces, with the sums of all of a bucket together."""
         options = self._hyper(self.param_groups[b.plan.group])
-        for index in range(len(b.params)):
-            self._step_one(b, index, options)
-
-    @staticmethod
-    def _step_one(b: Bucket, index: int, o: Options) -> None:
-        param, held = b.params[index], b.states[index]
-        t, eps1 = int(held["step"]), o.eps1(param.dtype)
-        alpha = step_size(param, t, o, b.layout)  # alpha_t = max(eps2, rms(X)) rho_t
-        rate = {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by]
-        decay = 1 - o.weight_decay * rate if o.weight_decay else 1.0
-        white = whitened(b.grads[index], held, t, o, eps1, b.layout)  # U_t = G / sqrt(V_t)
-        update = None if white else _update(b, index, t, o, alpha)
-        for target in writing(param, held, o, b.positions[index], box=b.layout.box):
-            if white:
-                _move_in_tiles(target, white, o, alpha, decay, b.layout)
-            elif update is not None:
-                move_(target, codec.matrix(update), decay)
+        for batch in buckets(b):
+            _step(batch, options)
 
     def _validate(self, group: dict[str, Any]) -> None:
         check_choices(group, CHOICES)
@@ -206,10 +192,8 @@ class Adafactor(Lifecycle):
         return Options(**{field.name: scalar(group[field.name]) for field in fields(Options)})
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return (
-            group["beta1"] is None,
-            *(group[name] for name in ("factor_dims", "min_dim_size_to_factor", "state_dtype")),
-        )
+        names = ("factor_dims", "min_dim_size_to_factor", "state_dtype")
+        return (group["beta1"] is None, *(group[name] for name in names))
 
     def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
         return None
@@ -218,31 +202,47 @@ class Adafactor(Lifecycle):
         return specs(param, self._hyper(group))
 
 
-def _move_in_tiles(
-    target: Target, white: factored.Whitened, o: Options, alpha: float | Tensor, decay: float | Tensor, layout: Layout
-) -> None:
-    """`W <- decay W - alpha U / max(1, rms(U) / d)` without a temporary of the weight's size."""
-    size = -alpha if o.maximize else alpha
-    if o.clip_threshold is not None:
-        size = size / factored.clip_factor(white.rms(layout), o.clip_threshold)
+def _step(b: Bucket, o: Options) -> None:
+    counts, eps1 = count_step(b), o.eps1(b.params[0].dtype)
+    white = whiten(b.grads, b.states, counts, o, eps1, b.layout)  # U_t = G / sqrt(V_t)
+    if o.beta1 is not None or not isinstance(white[0], Whitened) or white[0].grad.ndim != 2:
+        white = [Recipe(make, keep=b.layout.alone) for make in white]
+    for index, size in enumerate(sizes(b, counts, white, o)):  # alpha_t, max(1, rms(U_t) / d)
+        _move(b, index, white[index], size, o)
+
+
+def _move(b: Bucket, index: int, white: Make, size: Size, o: Options) -> None:
+    """`X_t = decay X_{t-1} - alpha_t U_t / max(1, rms(U_t) / d)`, or as much of its momentum."""
+    (alpha, clip), held = size, b.states[index]
+    rate = {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by]
+    decay = 1 - o.weight_decay * rate if o.weight_decay else 1.0
+    update = white if isinstance(white, Whitened) else _update(white(), size, held, o)
+    for target in writing(b.params[index], held, o, b.positions[index], box=b.layout.box):
+        if isinstance(update, Whitened):
+            factor = -alpha if o.maximize else alpha
+            _move_in_tiles(target, update, factor if clip is None else factor / clip, decay)
+        else:
+            move_(target, codec.matrix(update), decay)
+
+
+def _move_in_tiles(target: Target, white: Whitened, factor: float | Tensor, decay: float | Tensor) -> None:
+    """`W <- decay W - factor U` without a temporary of the weight's size."""
     for rows, cols in tiles(target.weight):
-        move_(target.part(rows, cols), white.part(rows, cols).mul_(size), decay)
+        move_(target.part(rows, cols), white.part(rows, cols).mul_(factor), decay)
 
 
-def _update(b: Bucket, index: int, t: int, o: Options, alpha: float | Tensor) -> Tensor:
-    """alpha_t times the clipped U_t or its momentum, as a whole."""
-    held, work = b.states[index], b.dtype
-    grad = -b.grads[index] if o.maximize else b.grads[index]
-    eps1 = o.eps1(b.params[index].dtype)
-    update = precondition(grad.to(work), held, t, o, eps1, b.layout)  # U_t = G / sqrt(V_t)
-    factored.clip_(update, o.clip_threshold, b.layout)  # U_t / max(1, rms(U_t) / d)
+def _update(update: Tensor, size: Size, held: State, o: Options) -> Tensor:
+    """alpha_t times the clipped U_t or its momentum, in place of U_t."""
+    alpha, clip = size
+    if clip is not None:
+        update.div_(clip)
+    if o.maximize:
+        update.neg_()
     if o.momentum_on == "scaled_update":
         update.mul_(alpha)
     if o.beta1 is not None:
-        moment = codec.load(held, "exp_avg", o.state_dtype, work).lerp_(update, 1 - o.beta1)
-        if moment is held["exp_avg"]:
-            update = moment.clone()
-        else:
+        moment = codec.load(held, "exp_avg", o.state_dtype, update.dtype).lerp_(update, 1 - o.beta1)
+        if moment is not held["exp_avg"]:
             codec.store(held, "exp_avg", moment, o.state_dtype)
-            update = moment
+        update.copy_(moment)
     return update.mul_(alpha) if o.momentum_on == "update" else update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from ..kernels import EVERYWHERE
 from ..kernels.rounding import ROUNDINGS
 from .core import adafactor, codec
 from .core.bucket import Bucket
+from .core.codec import State
 from .core.hyper import scalar
 from .core.lifecycle import Lifecycle
 from .core.linalg import product_in
-from .core.seeded import DISTRIBUTIONS, SeededBasis, shortest_window
+from .core.seeded import DISTRIBUTIONS, SeededBasis, bases, shortest_window
 from .core.spec import Spec, counter
+from .core.together import Recipe, buckets, stacked, summed
 from .core.validate import check_choices, check_rank
 from .core.view import SIDES, MatrixView, matrix_shape, rank_of
 from .core.whitened import blend_, move_whitened, whiten
@@ -121,37 +124,20 @@ class Flora(Lifecycle):
         update = {"beta1": beta1, "beta2_decay": beta2_decay, "eps": eps, "clip_threshold": clip_threshold}
         subspace = {"rank": rank, "update_proj_gap": update_proj_gap, "distribution": distribution, "seed": seed}
         storage: dict[str, Any] = {"proj_type": proj_type, "state_dtype": state_dtype, "backend": backend}
-        storage["rounding"] = rounding
-        storage |= {"weight_decay": weight_decay, "maximize": maximize}
+        storage |= {"rounding": rounding, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, step | update | subspace | storage)
 
     def update(self, b: Bucket) -> None:
-        """One step of Flora on a bucket of same-shape matrices."""
-        o, layout = self._hyper(self.param_groups[b.plan.group]), b.layout
-        beta1, gemm = o.beta1 or 0.0, b.params[0].dtype if b.params[0].dtype == torch.bfloat16 else b.dtype
-        for index, held in enumerate(b.states):
-            whole = whiten(b, index, o)  # U_t = G_t / sqrt(V_t)                                      (m, n)
-            update = b.view.orient(whole)  #                                                          (a, b)
-            old, new = bases(b, index, o)  # P_{t-1}, P_t                                             (b, r)
-            low = layout.reduce(product_in(gemm, update, new)[None])[0]  # U_t P_t                       (a, r)
-            moment = codec.load(held, "exp_avg", o.state_dtype, b.dtype)  # C_{t-1}                   (a, r)
-            past = layout.gather(moment[None], b.view.a)[0]
-            blend_(update, past.to(gemm), old.to(gemm), beta1)  # (1-b1) U_t + b1 C_{t-1} P_{t-1}^T   (a, b)
-            if old is not new:
-                moment = moment @ layout.sum_cols(old.T @ new)  # C_{t-1} P_{t-1}^T P_t               (a, r)
-            codec.store(held, "exp_avg", torch.lerp(moment, low, 1 - beta1), o.state_dtype)  # C_t
-            move_whitened(b, index, whole, o)  # W <- (1 - alpha wd) W - alpha clip(Ubar)
+        """One step of Flora on a bucket of same-shape matrices, one by one; those of pieces share their sums."""
+        o = self._hyper(self.param_groups[b.plan.group])
+        for batch in buckets(b):
+            _compressed(batch, o)
 
     def plain(self, b: Bucket) -> None:
         """The same with P = I."""
         o = self._hyper(self.param_groups[b.plan.group])
-        for index, held in enumerate(b.states):
-            update = whiten(b, index, o)
-            if o.beta1 is not None:
-                moment = codec.load(held, "exp_avg", o.state_dtype, b.dtype)
-                update = torch.lerp(moment, update, 1 - o.beta1)
-                codec.store(held, "exp_avg", update, o.state_dtype)
-            move_whitened(b, index, update, o)
+        for batch in buckets(b):
+            _plain(batch, o)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, see `Lifecycle.add_param_group`; windows that are too short for a matrix are refused."""
@@ -209,18 +195,51 @@ class Flora(Lifecycle):
         }
 
 
-def bases(b: Bucket, index: int, o: Options) -> tuple[Tensor, Tensor]:
-    """The basis in which the momentum is written (P_{t-1}) and that of this step (P_t): one tensor within a window.
+def _compressed(b: Bucket, o: Options) -> None:
+    layout, beta1, every = b.layout, o.beta1 or 0.0, range(len(b.params))
+    gemm = b.params[0].dtype if b.params[0].dtype == torch.bfloat16 else b.dtype
+    counts = adafactor.count_step(b)
+    white = whiten(b, counts, o)  # U_t = G_t / sqrt(V_t)                                              (m, n)
+    places = zip(b.positions, counts, strict=True)
+    now = [SeededBasis.of(b.whole, o.distribution, o.seed, at, t // o.update_proj_gap) for at, t in places]
+    old, new = bases(b, now, o.backend)  # P_{t-1}, P_t                                                (b, r)
+    images = (product_in(gemm, b.view.orient(white[index]()), new[index]()) for index in every)
+    low = layout.reduce(stacked([*images]))  # U_t P_t                                                 (a, r)
+    moments = [codec.load(held, "exp_avg", o.state_dtype, b.dtype) for held in b.states]  # C_{t-1}    (a, r)
+    past = layout.gather(stacked(moments), b.view.a).unbind() if layout.dealt else tuple(moments)
 
-    The state keeps the key of the basis, so that the momentum is read as it was written whatever becomes of the
-    options.
-    """
-    held, device = b.states[index], b.params[index].device
-    window = int(held["step"]) // o.update_proj_gap
-    mine = b.layout.projected(b.view)
-    source = SeededBasis.of(b.whole, o.distribution, o.seed, b.positions[index], window)
-    new, key = source.rows(mine, b.dtype, device, o.backend), int(held["basis_key"])
-    held["basis_key"].fill_(source.key)
-    if key in (source.key, 0):
-        return new, new
-    return source.of_key(key).rows(mine, b.dtype, device, o.backend), new
+    def blended(index: int) -> Tensor:
+        """(1-b1) U_t + b1 C_{t-1} P_{t-1}^T (a, b), in place of U_t."""
+        update = white[index]()
+        blend_(b.view.orient(update), past[index].to(gemm), old[index]().to(gemm), beta1)
+        return update
+
+    updates = [Recipe(partial(blended, index), keep=layout.alone) for index in every]
+    moved = [index for index in every if old[index] is not new[index]]
+    turns = summed(layout.sum_cols, [old[index]().T @ new[index]() for index in moved])
+    for index, turn in zip(moved, turns, strict=True):
+        moments[index] = moments[index] @ turn  # C_{t-1} P_{t-1}^T P_t                                (a, r)
+    for index, (held, size) in enumerate(zip(b.states, adafactor.sizes(b, counts, updates, o), strict=True)):
+        move_whitened(b, index, updates[index](), size, o)  # W <- (1 - alpha wd) W - alpha clip(Ubar)
+        codec.store(held, "exp_avg", torch.lerp(moments[index], low[index], 1 - beta1), o.state_dtype)  # C_t
+
+
+def _plain(b: Bucket, o: Options) -> None:
+    counts = adafactor.count_step(b)
+    updates = whiten(b, counts, o)
+    if o.beta1 is not None:
+        averages = (partial(_average, make, held, o) for make, held in zip(updates, b.states, strict=True))
+        updates = [Recipe(make, keep=b.layout.alone) for make in averages]
+    for index, (held, size) in enumerate(zip(b.states, adafactor.sizes(b, counts, updates, o), strict=True)):
+        update = updates[index]()
+        if o.beta1 is not None:
+            codec.store(held, "exp_avg", update, o.state_dtype)
+        move_whitened(b, index, update, size, o)
+        del update  # before the next is made
+
+
+def _average(white: Recipe, held: State, o: Options) -> Tensor:
+    """(1-b1) U_t + b1 M_{t-1}, in place of U_t."""
+    update = white()
+    moment = codec.load(held, "exp_avg", o.state_dtype, update.dtype)
+    return torch.lerp(moment, update, 1 - (o.beta1 or 0.0), out=update)

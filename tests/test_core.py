@@ -339,10 +339,11 @@ def test_factored_statistics_follow_their_equations(batch: int, m: int, n: int, 
     square = grad.square() + 1e-30
     rows = (1 - weight) * row + weight * square.mean(-1)
     cols = (1 - weight) * col + weight * square.mean(-2)
-    factored.accumulate(grad, (row, col), weight, 1e-30)
+    factored.accumulate([grad], [(row, col)], [weight], 1e-30)
     torch.testing.assert_close((row, col), (rows, cols))
     dense = row[..., :, None] * col[..., None, :] / row.mean(-1)[..., None, None]
-    torch.testing.assert_close(factored.precondition(grad, row, col), grad / dense.sqrt())
+    (update,) = factored.whitened([grad], [(row, col)])
+    torch.testing.assert_close(update(), grad / dense.sqrt())
 
 
 # --------------------------------------------------------------------------------------------- import hygiene

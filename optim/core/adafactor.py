@@ -1,18 +1,27 @@
-"""Adafactor's update of one parameter (arXiv 1804.04235), which `Adafactor` and `Flora` share."""
+"""Adafactor's update (arXiv 1804.04235), which `Adafactor` and `Flora` share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import codec, factored, sides
 from .codec import State
-from .layout import ALONE, Layout
+from .layout import Layout
 from .spec import Spec, counter
+from .together import Make
 from .validate import check_adam, check_factored
+
+if TYPE_CHECKING:
+    from .bucket import Bucket
+
+Size = tuple[float | Tensor, Tensor | None]
+"""alpha, and what an update is divided by, if it is clipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,40 +75,61 @@ def check_update(group: dict[str, Any]) -> None:
     check_factored(group)
 
 
-def step_size(param: Tensor, t: int, o: Options, layout: Layout = ALONE) -> float | Tensor:
-    """`alpha_t`, a device scalar where the parameter scale is in it."""
-    lr = factored.relative_step(t, o.lr, warmup_init=o.warmup_init) if o.relative_step else o.lr
+def count_step(b: Bucket) -> list[int]:
+    """Advance the step count of every parameter and return the new counts."""
+    torch._foreach_add_([held["step"] for held in b.states], 1)
+    return [int(held["step"]) for held in b.states]
+
+
+def sizes(b: Bucket, counts: Sequence[int], updates: Sequence[Make], o: Options) -> list[Size]:
+    """`alpha_t` of parameters of one shape, device scalars where the parameter scale is in it, and their clipping."""
+    alphas = [factored.relative_step(t, o.lr, warmup_init=o.warmup_init) if o.relative_step else o.lr for t in counts]
     if o.scale_parameter:
-        lr = lr * factored.parameter_scale(param, o.eps[1], codec.work_dtype(param.dtype), layout)
-    return lr
+        scales = factored.parameter_scales(b.params, o.eps[1], b.dtype, b.layout)
+        alphas = [alpha * scale for alpha, scale in zip(alphas, scales, strict=True)]
+    clips = factored.clip_factors(updates, o.clip_threshold, b.layout)
+    return list(zip(alphas, clips, strict=True))
 
 
-def precondition(grad: Tensor, held: State, t: int, o: Options, eps1: float, layout: Layout = ALONE) -> Tensor:
-    """Update the second moment with G and return `U = G / sqrt(V)` in a tensor of its own."""
-    fresh = 1.0 - factored.beta2(t, o.beta2_decay)
+def whiten(
+    grads: Sequence[Tensor], states: Sequence[State], counts: Sequence[int], o: Options, eps1: float, layout: Layout
+) -> list[Make]:
+    """Update the second moments of parameters of one shape with G; tell how each `U = G / sqrt(V)` is made."""
+    fresh = [1.0 - factored.beta2(t, o.beta2_decay) for t in counts]
     floor = o.eps_mode == "floor"
     added = 0.0 if floor else eps1
-    if "exp_avg_sq" in held:
-        whole = held["exp_avg_sq"].lerp_(grad.square().add_(added), fresh)
-        return (factored.floor_variance(whole.clone(), eps1) if floor else whole).rsqrt().mul_(grad)
-    order = o.dims(tuple(grad.shape)) or tuple(range(grad.ndim))  # of a piece too small to factor by itself
-    matrix, row, col = grad.permute(order), held["exp_avg_sq_row"], held["exp_avg_sq_col"]
-    pair = sides.pair(layout, grad.ndim)
-    factored.accumulate(matrix, (row, col), fresh, added, o.backend, pair)
+    if "exp_avg_sq" in states[0]:
+        seconds = [held["exp_avg_sq"] for held in states]
+        for grad, second, weight in zip(grads, seconds, fresh, strict=True):
+            second.lerp_(grad.to(second.dtype).square().add_(added), weight)
+        return [partial(_by_entries, *one, eps1 if floor else None) for one in zip(grads, seconds, strict=True)]
+    ndim = grads[0].ndim
+    order = o.dims(tuple(grads[0].shape)) or tuple(range(ndim))  # of a piece too small to factor by itself
+    matrices = [grad.permute(order) for grad in grads]
+    stats = [(held["exp_avg_sq_row"], held["exp_avg_sq_col"]) for held in states]
+    pair = sides.pair(layout, ndim)
+    factored.accumulate(matrices, stats, fresh, added, o.backend, pair)
+    made: Sequence[Make]
     if floor:
-        update = factored.precondition_floored(matrix, row, col, eps1, pair)
+        averages = factored.means([row for row, _ in stats], pair)
+        made = [
+            partial(factored.precondition_floored, grad, *both, average, eps1)
+            for grad, both, average in zip(matrices, stats, averages, strict=True)
+        ]
     else:
-        update = factored.precondition(matrix, row, col, pair)
-    return update.permute([order.index(d) for d in range(len(order))])
+        made = factored.whitened(matrices, stats, pair)
+    turned = order != tuple(range(ndim))
+    return [partial(_turned_back, make, order) for make in made] if turned else list(made)
 
 
-def whitened(grad: Tensor, held: State, t: int, o: Options, eps1: float, layout: Layout) -> factored.Whitened | None:
-    """Update R and C with G (m, n); None where U cannot be made tile by tile, and then nothing has happened."""
-    if grad.ndim != 2 or "exp_avg_sq" in held or o.eps_mode == "floor" or o.beta1 is not None:
-        return None
-    stats = held["exp_avg_sq_row"], held["exp_avg_sq_col"]
-    factored.accumulate(grad, stats, 1.0 - factored.beta2(t, o.beta2_decay), eps1, o.backend, layout)
-    return factored.Whitened(grad, *factored.whitening(*stats, layout))
+def _by_entries(grad: Tensor, second: Tensor, floor: float | None) -> Tensor:
+    """`G / sqrt(V)` for a V that is kept whole."""
+    root = second.rsqrt() if floor is None else factored.floor_variance(second.clone(), floor).rsqrt_()
+    return root.mul_(grad)
+
+
+def _turned_back(make: Make, order: tuple[int, ...]) -> Tensor:
+    return make().permute([order.index(d) for d in range(len(order))])
 
 
 def specs(param: Tensor, o: Options) -> dict[str, Spec]:

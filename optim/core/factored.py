@@ -7,7 +7,7 @@ a batch of matrices. Means stand in for the paper's sums, which gives the same V
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from ...kernels import pick
 from ...kernels.tiles import tiles
 from .layout import ALONE, Layout
+from .together import Make, summed
 
 
 def beta2(t: int, decay: float) -> float:
@@ -25,75 +26,93 @@ def beta2(t: int, decay: float) -> float:
 
 
 def accumulate(
-    grad: Tensor,
-    stats: tuple[Tensor, Tensor],
-    weight: float,
+    grads: Sequence[Tensor],
+    stats: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence[float],
     floor: float,
     backend: str = "auto",
     layout: Layout = ALONE,
 ) -> None:
-    """`R <- lerp(R, mean_cols(G^2) + floor, weight)` and likewise C with rows, without a G^2 temporary."""
-    rows, cols = _whole(pick("square_means", grad, backend)(grad), grad.shape, layout)
-    row, col = stats
-    row.lerp_(rows.add_(floor), weight)
-    col.lerp_(cols.add_(floor), weight)
+    """`R <- lerp(R, mean_cols(G^2) + floor, weight)` and likewise C with rows, without a G^2 temporary.
+
+    Here as in all of the following, lists are matrices of one shape, whose sums over pieces share a collective.
+    """
+    found = (pick("square_means", grad, backend)(grad) for grad in grads)
+    for (row, col), (rows, cols), weight in zip(stats, _whole(found, grads[0].shape, layout), weights, strict=True):
+        row.lerp_(rows.add_(floor), weight)
+        col.lerp_(cols.add_(floor), weight)
 
 
-def _whole(pair: tuple[Tensor, Tensor], local: Sequence[int], layout: Layout) -> tuple[Tensor, Tensor]:
-    """Means of the rows and columns of a whole matrix, from those of this rank's piece of it."""
+def _whole(
+    pairs: Iterable[tuple[Tensor, Tensor]], local: Sequence[int], layout: Layout
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Means of the rows and columns of whole matrices, from those of this rank's pieces of them."""
     if layout.alone:
-        return pair
-    (rows, cols), (m, n) = pair, layout.shape
-    return layout.sum_cols(rows * local[-1]) / max(n, 1), layout.sum_rows(cols * local[-2]) / max(m, 1)
+        return pairs
+    (m, n), sums = layout.shape, [(rows * local[-1], cols * local[-2]) for rows, cols in pairs]
+    of_rows = summed(layout.sum_cols, [rows for rows, _ in sums])
+    of_cols = summed(layout.sum_rows, [cols for _, cols in sums])
+    return [(rows / max(n, 1), cols / max(m, 1)) for rows, cols in zip(of_rows, of_cols, strict=True)]
 
 
 def mean(row: Tensor, layout: Layout = ALONE) -> Tensor:
     """Mean of row statistics (..., m) of which this rank has a piece, as (..., 1)."""
+    return means([row], layout)[0]
+
+
+def means(rows: Sequence[Tensor], layout: Layout = ALONE) -> list[Tensor]:
+    """`mean` of the row statistics of some matrices."""
     if not layout.rows:
-        return row.mean(-1, keepdim=True)
-    return layout.sum_rows(row.sum(-1, keepdim=True)) / layout.shape[0]
+        return [row.mean(-1, keepdim=True) for row in rows]
+    sums = summed(layout.sum_rows, [row.sum(-1, keepdim=True) for row in rows])
+    return [total / layout.shape[0] for total in sums]
 
 
 @dataclass(frozen=True, slots=True)
 class Whitened:
-    """`U = G / sqrt(V)` of one matrix, made tile by tile: rows and columns of G times factors, `V = R C^T / mean(R)`.
+    """`U = G / sqrt(V)` of a matrix, not made yet: G times a factor a row and one a column, `V = R C^T / mean(R)`.
 
     Args:
-        grad: G (m, n), in its own dtype.
-        left: `sqrt(mean(R) / R)` (m, 1).
-        right: `1 / sqrt(C)` (1, n).
+        grad: G (..., m, n), in its own dtype.
+        left: `sqrt(mean(R) / R)` (..., m, 1).
+        right: `1 / sqrt(C)` (..., 1, n).
     """
 
     grad: Tensor
     left: Tensor
     right: Tensor
 
+    def __call__(self) -> Tensor:
+        """Make it, in the working dtype."""
+        return self.into(None)
+
+    def into(self, out: Tensor | None) -> Tensor:
+        """Make it in memory that is there."""
+        return torch.mul(self.grad, self.left, out=out).mul_(self.right)
+
     def part(self, rows: slice, cols: slice) -> Tensor:
-        """Some rows and columns, in the working dtype."""
+        """Some rows and columns of a matrix (m, n), in the working dtype."""
         return (self.grad[rows, cols].to(self.left.dtype) * self.left[rows]).mul_(self.right[:, cols])
 
-    def rms(self, layout: Layout = ALONE) -> Tensor:
-        """Root mean square of the whole, a 0-d tensor."""
+    def square_sum(self) -> Tensor:
+        """The sum of squares of a matrix (m, n), made tile by tile."""
         squares = [torch.linalg.vector_norm(self.part(*tile)).square_() for tile in tiles(self.grad)]
-        total = torch.stack(squares).sum() if squares else self.left.new_zeros(())
-        return _mean_root(total, self.grad, layout)
+        return torch.stack(squares).sum() if squares else self.left.new_zeros(())
 
 
-def whitening(row: Tensor, col: Tensor, layout: Layout = ALONE) -> tuple[Tensor, Tensor]:
-    """The factors (..., m, 1) and (..., 1, n) of `1 / sqrt(V)`, in the split form that does not overflow."""
-    return (row / mean(row, layout)).rsqrt_().unsqueeze(-1), col.rsqrt().unsqueeze(-2)
+def whitened(grads: Sequence[Tensor], stats: Sequence[tuple[Tensor, Tensor]], layout: Layout = ALONE) -> list[Whitened]:
+    """`U = G / sqrt(V)` of some matrices, in the split form that does not overflow."""
+    averages = means([row for row, _ in stats], layout)
+    return [
+        Whitened(grad, (row / average).rsqrt_().unsqueeze(-1), col.rsqrt().unsqueeze(-2))
+        for grad, (row, col), average in zip(grads, stats, averages, strict=True)
+    ]
 
 
-def precondition(grad: Tensor, row: Tensor, col: Tensor, layout: Layout = ALONE) -> Tensor:
-    """`U = G / sqrt(V)` with `V = R C^T / mean(R)`."""
-    left, right = whitening(row, col, layout)
-    return (grad * left).mul_(right)
-
-
-def precondition_floored(grad: Tensor, row: Tensor, col: Tensor, eps: float, layout: Layout = ALONE) -> Tensor:
+def precondition_floored(grad: Tensor, row: Tensor, col: Tensor, average: Tensor, eps: float) -> Tensor:
     """`U = G / sqrt(max(V, eps^2))` with `V = R C^T / max(mean(R), eps)`, torch.optim.Adafactor's form."""
     variance = row.unsqueeze(-1) * col.unsqueeze(-2)
-    variance.div_(mean(row, layout).unsqueeze(-1).clamp(min=eps))
+    variance.div_(average.unsqueeze(-1).clamp(min=eps))
     return floor_variance(variance, eps).rsqrt_().mul_(grad)
 
 
@@ -102,29 +121,32 @@ def floor_variance(variance: Tensor, eps: float) -> Tensor:
     return variance.clamp_(min=max(eps * eps, torch.finfo(variance.dtype).tiny))
 
 
-def rms(tensor: Tensor, layout: Layout = ALONE, dtype: torch.dtype | None = None) -> Tensor:
-    """Root mean square of a whole tensor, a 0-d tensor; 0 for an empty one."""
-    return _mean_root(torch.linalg.vector_norm(tensor, dtype=dtype).square(), tensor, layout)
-
-
-def _mean_root(total: Tensor, piece: Tensor, layout: Layout) -> Tensor:
-    """`sqrt(sum / count)` of a whole, from the sum of this rank's piece."""
+def rms(tensors: Sequence[Tensor | Make], layout: Layout = ALONE, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Root mean squares of whole tensors, or of what is yet to be made, 0-d each; 0 for empty ones."""
+    found = [_square_sum(tensor, dtype) for tensor in tensors]
+    squares, sizes = [square for square, _ in found], [size for _, size in found]
     if not layout.alone:
-        total = layout.sum_all(total)
-    count = piece.numel() if layout.sharding is None else math.prod(layout.sharding.shape)
-    return total.sqrt() / math.sqrt(max(count, 1))
+        squares = summed(layout.sum_all, squares)
+    if layout.sharding is not None:
+        sizes = [math.prod(layout.sharding.shape)] * len(sizes)
+    return [square.sqrt() / math.sqrt(max(size, 1)) for square, size in zip(squares, sizes, strict=True)]
 
 
-def clip_factor(found: Tensor, threshold: float) -> Tensor:
-    """`max(1, rms(U) / d)`, what an update is divided by."""
-    return (found / threshold).clamp_(min=1.0)
+def _square_sum(tensor: Tensor | Make, dtype: torch.dtype | None) -> tuple[Tensor, int]:
+    """The sum of squares of this rank's piece, and its size."""
+    if isinstance(tensor, Whitened):
+        return tensor.square_sum(), tensor.grad.numel()
+    made = tensor if isinstance(tensor, Tensor) else tensor()
+    return torch.linalg.vector_norm(made, dtype=dtype).square(), made.numel()
 
 
-def clip_(update: Tensor, threshold: float | None, layout: Layout = ALONE) -> Tensor:
-    """`U <- U / max(1, rms(U) / d)`, without a host synchronisation."""
+def clip_factors(
+    updates: Sequence[Tensor | Make], threshold: float | None, layout: Layout = ALONE
+) -> list[Tensor | None]:
+    """`max(1, rms(U) / d)`, what updates are divided by, without a host synchronisation; None where d is."""
     if threshold is None:
-        return update
-    return update.div_(clip_factor(rms(update, layout), threshold))
+        return [None] * len(updates)
+    return [(root / threshold).clamp_(min=1.0) for root in rms(updates, layout)]
 
 
 def relative_step(t: int, cap: float | Tensor, *, warmup_init: bool = False) -> float | Tensor:
@@ -133,6 +155,8 @@ def relative_step(t: int, cap: float | Tensor, *, warmup_init: bool = False) -> 
     return limit.clamp(max=t**-0.5) if isinstance(limit, Tensor) else min(limit, t**-0.5)
 
 
-def parameter_scale(weight: Tensor, floor: float, dtype: torch.dtype, layout: Layout = ALONE) -> Tensor:
-    """`max(eps2, rms(X))`, a 0-d tensor in the working dtype."""
-    return rms(weight.detach(), layout, dtype).clamp_(min=floor)
+def parameter_scales(
+    weights: Sequence[Tensor], floor: float, dtype: torch.dtype, layout: Layout = ALONE
+) -> list[Tensor]:
+    """`max(eps2, rms(X))` of some weights, 0-d each in the working dtype."""
+    return [root.clamp_(min=floor) for root in rms([weight.detach() for weight in weights], layout, dtype)]

@@ -114,33 +114,52 @@ class Adafactor(Rule):
         return shapes
 
     def direction(self, work: Work, hyper: Hyper) -> None:
-        """Tensor by tensor, without a host synchronisation; of pieces, statistics and sizes are those of the whole."""
-        floor = hyper.eps[0] if isinstance(hyper.eps, tuple) else hyper.eps**2
-        for grad, state, t, weight, out in zip(
-            work.grads, work.states, map(int, work.counts), work.weights, work.out, strict=True
-        ):
-            fresh, pair = 1.0 - factored.beta2(t, hyper.beta2_decay), sides.pair(work.layout, grad.ndim)
-            if "exp_avg_sq" in state:
-                update = grad * state["exp_avg_sq"].lerp_(grad.square().add_(floor), fresh).rsqrt()
-            else:
-                stats = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-                factored.accumulate(grad, stats, fresh, floor, hyper.backend, pair)
-                update = factored.precondition(grad, *stats, pair)
-            lr = learning_rate(hyper, t, weight, grad.dtype, work.weighs)
-            factored.clip_(update, hyper.clip_threshold, work.layout).mul_(lr)
+        """In place of `out`, without a host synchronisation; of pieces, statistics and sizes are those of the whole."""
+        if not work.grads:
+            return
+        counts = list(map(int, work.counts))
+        _whiten(work, counts, hyper)
+        rates = learning_rates(hyper, counts, work.weights, work.grads[0].dtype, work.weighs)
+        clips = factored.clip_factors(work.out, hyper.clip_threshold, work.layout)
+        for update, clip, lr, state in zip(work.out, clips, rates, work.states, strict=True):
+            if clip is not None:
+                update.div_(clip)
+            update.mul_(lr)
             if "exp_avg" in state:
-                update = state["exp_avg"].lerp_(update, 1 - hyper.betas[0])
-            out.copy_(update)
+                update.copy_(state["exp_avg"].lerp_(update, 1 - hyper.betas[0]))
+
+
+def _whiten(work: Work, counts: Sequence[int], hyper: Hyper) -> None:
+    """Update the second moments with R, and write `U = R / sqrt(V)`."""
+    floor = hyper.eps[0] if isinstance(hyper.eps, tuple) else hyper.eps**2
+    fresh = [1.0 - factored.beta2(t, hyper.beta2_decay) for t in counts]
+    if "exp_avg_sq" in work.states[0]:
+        for grad, state, weight, out in zip(work.grads, work.states, fresh, work.out, strict=True):
+            second = state["exp_avg_sq"].lerp_(grad.square().add_(floor), weight)
+            torch.mul(grad, second.rsqrt(), out=out)
+        return
+    stats = [(state["exp_avg_sq_row"], state["exp_avg_sq_col"]) for state in work.states]
+    pair = sides.pair(work.layout, work.grads[0].ndim)
+    factored.accumulate(work.grads, stats, fresh, floor, hyper.backend, pair)
+    for white, out in zip(factored.whitened(work.grads, stats, pair), work.out, strict=True):
+        white.into(out)
 
 
 def learning_rate(hyper: Hyper, t: int, weight: Tensor, dtype: torch.dtype, layout: Layout = ALONE) -> float | Tensor:
     """The learning rate of an absolute rule: relative step and parameter scale where the group asks for them."""
-    lr = hyper.lr
-    if hyper.relative_step:
-        lr = factored.relative_step(t, lr, warmup_init=hyper.warmup_init)
-    if hyper.scale_parameter:
-        lr = lr * factored.parameter_scale(weight, _pair(hyper.eps)[1], dtype, layout)
-    return lr
+    return learning_rates(hyper, [t], [weight], dtype, layout)[0]
+
+
+def learning_rates(
+    hyper: Hyper, counts: Sequence[int], weights: Sequence[Tensor], dtype: torch.dtype, layout: Layout = ALONE
+) -> list[float | Tensor]:
+    """`learning_rate` of weights of one shape, whose sums over pieces share a collective."""
+    lr, warms = hyper.lr, hyper.warmup_init
+    rates = [factored.relative_step(t, lr, warmup_init=warms) if hyper.relative_step else lr for t in counts]
+    if not hyper.scale_parameter:
+        return rates
+    scales = factored.parameter_scales(weights, _pair(hyper.eps)[1], dtype, layout)
+    return [rate * scale for rate, scale in zip(rates, scales, strict=True)]
 
 
 def blockwise(hyper: Hyper, seeds: Sequence[int]) -> reference.Blockwise:

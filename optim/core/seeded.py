@@ -7,13 +7,20 @@ column alone: every shard, device, dtype and resumed run has the same (other dty
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...kernels import pick, random
+from .together import Recipe
 from .view import MatrixView
+
+if TYPE_CHECKING:
+    from .bucket import Bucket
 
 DISTRIBUTIONS = random.BASES
 """Values of the option `distribution`."""
@@ -63,6 +70,27 @@ class SeededBasis:
     def matrix(self, dtype: torch.dtype = torch.float32, device: Device = "cpu", backend: str = "auto") -> Tensor:
         """Make P (size, rank)."""
         return self.rows(range(self.size), dtype, device, backend)
+
+
+def bases(b: Bucket, now: Sequence[SeededBasis], backend: str) -> tuple[list[Recipe], list[Recipe]]:
+    """How the bases in which momenta are written and those of this step are made: the same until they change.
+
+    The state keeps the key of the basis, so that the momentum is read as it was written whatever becomes of the
+    options.
+    """
+    rows, device = b.layout.projected(b.view), b.params[0].device
+
+    def recipe(basis: SeededBasis) -> Recipe:
+        return Recipe(partial(basis.rows, rows, b.dtype, device, backend), keep=b.layout.alone)
+
+    keys, new = [int(held["basis_key"]) for held in b.states], [recipe(basis) for basis in now]
+    for held, basis in zip(b.states, now, strict=True):
+        held["basis_key"].fill_(basis.key)
+    old = [
+        made if key in (basis.key, 0) else recipe(basis.of_key(key))
+        for key, basis, made in zip(keys, now, new, strict=True)
+    ]
+    return old, new
 
 
 def growth(distribution: str, size: int, rank: int) -> float:

@@ -1,6 +1,9 @@
-"""Adafactor's whitened gradient around a compressed momentum: what Flora does to one matrix."""
+"""Adafactor's whitened gradient around a compressed momentum: what Flora does to matrices that go together."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,28 +12,48 @@ from ...kernels.tiles import row_blocks
 from . import adafactor, factored
 from .apply import move_
 from .bucket import Bucket
+from .codec import State
 from .target import writing
+from .together import Make, Recipe
 
 
-def whiten(b: Bucket, index: int, o: adafactor.Options) -> Tensor:
-    """Count the step and return `U = G / sqrt(V)`, (m, n) or the shape of a plain parameter.
+def whiten(b: Bucket, counts: Sequence[int], o: adafactor.Options) -> list[Recipe]:
+    """Update V; tell how each `U = G / sqrt(V)` is made, (m, n) or of the shape of a plain parameter.
 
     A gradient that is not finite, or whose squares overflow, counts as zero and leaves V as it is.
     """
-    held, grad, layout = b.states[index], b.grads[index].to(b.dtype), b.layout.natural
-    if b.plan.view is not None:
-        grad = grad.reshape(b.view.m, b.view.n)
-    held["step"] += 1
-    names = [name for name in held if name.startswith("exp_avg_sq")]
-    before = [held[name].clone() for name in names]
-    update = adafactor.precondition(grad, held, int(held["step"]), o, o.eps1(b.params[index].dtype), layout)
-    sums = torch.stack([update.sum(), *(held[name].sum() for name in names)])
-    fine = layout.max_all((~sums.isfinite().all()).int()) == 0  # on every piece
-    if fine.device.type != "cpu" or not fine:  # asking a GPU would synchronise
-        for name, old in zip(names, before, strict=True):
-            held[name].copy_(torch.where(fine, held[name], old))
+    grads = b.grads if b.plan.view is None else [b.natural(index) for index in range(len(b.params))]
+    second = [{name: value for name, value in held.items() if name.startswith("exp_avg_sq")} for held in b.states]
+    before = [{name: value.clone() for name, value in held.items()} for held in second]
+    eps1 = o.eps1(b.params[0].dtype)
+    white = adafactor.whiten(grads, second, counts, o, eps1, b.layout.natural)
+    white = [make if isinstance(make, factored.Whitened) else Recipe(make, keep=b.layout.alone) for make in white]
+    finite = torch.stack([_is_finite(make, held) for make, held in zip(white, second, strict=True)])
+    fine = (b.layout.max_all((~finite).int()) == 0).unbind()  # on every piece
+    for held, old, good in zip(second, before, fine, strict=True):
+        if _may_be_bad(good):
+            for name, value in held.items():
+                value.copy_(torch.where(good, value, old[name]))
+    made = (partial(_sound, make, good, negative=o.maximize) for make, good in zip(white, fine, strict=True))
+    return [Recipe(make, keep=b.layout.alone) for make in made]
+
+
+def _is_finite(white: Make, second: State) -> Tensor:
+    """Whether all of U and V are, by the factors of U where it has such: neither is large where squares are not."""
+    parts = (white.left, white.right) if isinstance(white, factored.Whitened) else (white(),)
+    return torch.stack([part.sum() for part in (*parts, *second.values())]).isfinite().all()
+
+
+def _may_be_bad(fine: Tensor) -> bool:
+    return fine.device.type != "cpu" or not fine  # asking a GPU would synchronise
+
+
+def _sound(white: Make, fine: Tensor, *, negative: bool) -> Tensor:
+    """U, zero where it is not `fine`."""
+    update = white()
+    if _may_be_bad(fine):
         update.masked_fill_(~fine, 0.0)
-    return update.neg_() if o.maximize else update
+    return update.neg_() if negative else update
 
 
 def blend_(update: Tensor, past: Tensor, old: Tensor, beta1: float) -> None:
@@ -42,11 +65,11 @@ def blend_(update: Tensor, past: Tensor, old: Tensor, beta1: float) -> None:
             update[rows].mul_(1 - beta1).add_(past[rows] @ old.T, alpha=beta1)
 
 
-def move_whitened(b: Bucket, index: int, update: Tensor, o: adafactor.Options) -> None:
-    """Clip Ubar, `W <- (1 - alpha wd) W - alpha Ubar`."""
-    param = b.params[index]
-    alpha = adafactor.step_size(param, int(b.states[index]["step"]), o, b.layout)
-    factored.clip_(update, o.clip_threshold, b.layout).mul_(alpha)
-    for target in writing(param, b.states[index], o, b.positions[index], box=b.layout.box):
-        update = update.reshape(target.weight.shape)
-        move_(target, update, 1 - o.weight_decay * alpha if o.weight_decay else 1.0)
+def move_whitened(b: Bucket, index: int, update: Tensor, size: adafactor.Size, o: adafactor.Options) -> None:
+    """Clip Ubar in place, `W <- (1 - alpha wd) W - alpha Ubar`."""
+    alpha, clip = size
+    if clip is not None:
+        update.div_(clip)
+    update.mul_(alpha)
+    for target in writing(b.params[index], b.states[index], o, b.positions[index], box=b.layout.box):
+        move_(target, update.reshape(target.weight.shape), 1 - o.weight_decay * alpha if o.weight_decay else 1.0)
