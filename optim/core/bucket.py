@@ -63,11 +63,17 @@ class Plan:
         """How many matrices there are in such a bucket, on every rank, however uneven its pieces are."""
         if self.view is None:
             return sys.maxsize
-        a, r = self.view.low_shape
-        a = a if self.view.full else -(-a // math.prod(map(dist.get_world_size, self.layout.rows)))
+        a = self.view.rank if self.view.full else self.piece[0]
         a = max(a, self.view.b) if self.layout.spread else a  # bases are whole for the time of a step
         budget = CPU_BUFFER if self.params[0].device.type == "cpu" else GPU_BUFFER
-        return max(1, budget // max(1, a * r))
+        return max(1, budget // max(1, a * self.view.rank))
+
+    @property
+    def piece(self) -> tuple[int, int]:
+        """Rows and columns of A that a rank has at most, the same numbers on all of them."""
+        assert self.view is not None
+        rows, cols = (math.prod(map(dist.get_world_size, groups)) for groups in (self.layout.rows, self.layout.cols))
+        return -(-self.view.a // rows), -(-self.view.b // cols)
 
     def alone(self) -> Iterator[Plan]:
         """A plan for every one of its parameters."""

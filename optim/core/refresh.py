@@ -23,10 +23,11 @@ from .together import summed
 LAZIEST = 16
 """Largest multiple of `update_proj_gap` to which a lazy interval grows."""
 
-GPU_BATCH = 1 << 24
-"""Elements of A P of matrices whose bases are searched together on a GPU, where factorisations of many cost as few."""
+BATCH = 1 << 24
+"""Elements of the bases, or of A P, that are searched together: factorisations of many cost a GPU little more than one,
+and they share collectives."""
 CPU_BATCH = 0
-"""The same on a CPU, where they cost the same one by one."""
+"""The same on a CPU alone, where there is nothing to share."""
 
 
 def refresh(b: Bucket) -> None:
@@ -42,9 +43,10 @@ def refresh(b: Bucket) -> None:
     tells = [torch.finfo(b.dtype).tiny <= value < math.inf for value in scales.cpu().tolist()]
     _skip(b, [index for index, told in zip(due, tells, strict=True) if not told])
     chosen = {index: scale for index, scale, told in zip(due, scales, tells, strict=True) if told}
-    find = _shared if b.layout.replicas is not None and b.hyper.chooses.searches else _find
+    shares = b.layout.replicas is not None and b.hyper.chooses.searches
+    find, batches = (_shared, [list(chosen)]) if shares and chosen else (_find, _batches(b, list(chosen)))
     exact = b.hyper.basis_dtype is None and not b.layout.cols  # rounding turns the basis; sums over columns come later
-    for batch in _batches(b, list(chosen)):
+    for batch in batches:
         found = find(b, batch, [chosen[index] for index in batch])
         _adopt(b, batch, found)
         for index, bases in zip(batch, found, strict=True):
@@ -57,13 +59,11 @@ def _is_due(b: Bucket, held: State) -> bool:
 
 
 def _batches(b: Bucket, indices: list[int]) -> Iterator[list[int]]:
-    """Matrices whose bases are found at a time: all whose sums share collectives, or as many as a device gains by."""
-    size = len(indices)
-    if b.layout.alone and b.layout.replicas is None:
-        budget = CPU_BATCH if b.params[0].device.type == "cpu" else GPU_BATCH
-        size = budget // max(1, b.view.a * b.view.rank)
-    for start in range(0, len(indices), max(1, size)):
-        yield indices[start : start + max(1, size)]
+    """Matrices whose bases are found at a time, the same ones on every rank."""
+    budget = CPU_BATCH if b.layout.alone and b.params[0].device.type == "cpu" else BATCH
+    size = max(1, budget // max(1, max(b.plan.piece) * b.view.rank))
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]
 
 
 def _largest(grad: Tensor) -> Tensor:
@@ -120,20 +120,22 @@ def _shared(b: Bucket, batch: list[int], scales: list[Tensor]) -> list[Bases]:
     """Find every basis on one of the replicas, in turns, and send it to the others: the same bits everywhere."""
     group = b.layout.replicas
     world, rank = dist.get_world_size(group), dist.get_rank(group)
-    found = {turn: _find(b, [batch[turn]], [scales[turn]])[0] for turn in range(rank, len(batch), world)}
+    owners: dict[int, list[int]] = {}
+    for place, index in enumerate(batch):
+        owners.setdefault(b.positions[index] % world, []).append(place)
+    found = {place: _find(b, [batch[place]], [scales[place]])[0] for place in owners.get(rank, [])}
     shapes = list(b.view.basis_shapes.values())
     sizes = [math.prod(shape) for shape in shapes]
-    for source in range(min(world, len(batch))):
-        turns = range(source, len(batch), world)
-        sent = scales[0].new_empty(len(turns), sum(sizes))
-        for row, turn in zip(sent, turns, strict=True):
-            if source == rank:
-                torch.cat([part.reshape(-1) for part in found[turn][:2] if part is not None], out=row)
-        dist.broadcast(sent, group=group, group_src=source)
-        for row, turn in zip(sent, turns, strict=True):
+    for owner, places in owners.items():
+        sent = scales[0].new_empty(len(places), sum(sizes))
+        for row, place in zip(sent, places, strict=True):
+            if owner == rank:
+                torch.cat([part.reshape(-1) for part in found[place][:2] if part is not None], out=row)
+        dist.broadcast(sent, group=group, group_src=owner)
+        for row, place in zip(sent, places, strict=True):
             parts = zip(torch.split(row, sizes), shapes, strict=True)
-            found[turn] = Bases(*(part.view(shape) for part, shape in parts))
-    return [found[turn] for turn in range(len(batch))]
+            found[place] = Bases(*(part.view(shape) for part, shape in parts))
+    return [found[place] for place in range(len(batch))]
 
 
 def _track(b: Bucket, batch: list[int], low: Tensor) -> None:

@@ -177,7 +177,7 @@ def pieces_of(device: str) -> Iterator[None]:
     where += [(module, CHECK, _accept) for module in (adam, sgd, adagrad) if hasattr(module, CHECK)]
     if device == "cpu":
         where += [(bucket, "GPU_BUFFER", bucket.CPU_BUFFER), (tiles, "GPU_CHUNK", tiles.CHUNK)]
-        where += [(refresh, "GPU_BATCH", refresh.CPU_BATCH)]
+        where += [(refresh, "BATCH", refresh.CPU_BATCH)]
     with replaced(where):
         yield
 
