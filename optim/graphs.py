@@ -3,72 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as hooks
 
-from ..kernels.capture import sharing
 from .core import blocks
+from .core.cuda_graphs import CudaGraphs, Graphs, Step
 from .core.lifecycle import Lifecycle
 from .core.schedule import Schedule
-
-Step = Callable[[], Any]
 
 COUNTED = ("params", "param_names", blocks.DONE, blocks.WAIT)
 """Entries of a group that a captured step does not depend on, or that the host counts."""
 
 PATIENCE = 10
 """Steps without a replay, for options that change, after which a warning says so."""
-
-
-class Graphs(Protocol):
-    """What captures a step."""
-
-    def warm_up(self, step: Step) -> None:
-        """Run a step where the next will be captured."""
-
-    def capture(self, step: Step) -> Step:
-        """Record the operations of a step on the device, without effect there, and return what runs them."""
-
-
-class CudaGraphs:
-    """Graphs of torch.cuda.
-
-    Args:
-        device: The device of all parameters.
-
-    Raises:
-        RuntimeError: It is no CUDA device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            raise RuntimeError(
-                f"GraphedStep captures CUDA graphs, the parameters are on {device}: move the model, model.to('cuda'), "
-                "before you construct the optimizer, or call optimizer.step()"
-            )
-        self._device = device
-        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    def warm_up(self, step: Step) -> None:
-        """Run a step on the side stream, where libraries get their workspaces and kernels are compiled."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            step()
-        current.wait_stream(self._stream)
-
-    def capture(self, step: Step) -> Step:
-        """Capture it; threads of a data loader may pin memory meanwhile."""
-        graph = torch.cuda.CUDAGraph()
-        within = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
-        with torch.cuda.device(self._device), sharing(), within:
-            step()
-        return graph.replay
 
 
 class GraphedStep:
@@ -124,7 +76,9 @@ class GraphedStep:
         """Forget the graph, where something was changed that a step cannot see: the next ones warm up again."""
         self._replay: Step | None = None
         self._warm = 0
-        self._places: tuple[Any, ...] = ()
+        self._grads: list[int] = []
+        self._state: list[int] = []
+        self._settled = False
 
     def zero_grad(self) -> None:
         """Set gradients to zero in place, as `optimizer.zero_grad(set_to_none=False)`."""
@@ -141,6 +95,7 @@ class GraphedStep:
         schedule = Schedule.of(self.optimizer)
         if schedule.due:
             self.optimizer.step()
+            self._settled = False  # it may have put other tensors into the state
         elif self._warm < self._warmup:
             self._graphs.warm_up(self.optimizer.step)
             self._warm += 1
@@ -183,13 +138,14 @@ class GraphedStep:
         Raises:
             RuntimeError: A gradient is.
         """
-        places = _places(self.optimizer)
-        if places[0] != self._places[0]:
+        if _grads(self.optimizer) != self._grads:
             raise RuntimeError(
                 "gradients are no longer where the graph reads them: clear them in place, step.zero_grad() or "
                 "optimizer.zero_grad(set_to_none=False); after moving them on purpose call step.reset()"
             )
-        return bool(places != self._places)
+        if not self._settled:
+            self._settled = _state(self.optimizer) == self._state
+        return not self._settled
 
     def _capture(self) -> None:
         optimizer = self.optimizer
@@ -201,7 +157,8 @@ class GraphedStep:
             )
         self._replay = None  # before its successor takes memory
         replay = self._graphs.capture(optimizer.step)  # in which the host counts, and the device does nothing
-        self._replay, self._places = replay, _places(optimizer)
+        self._replay, self._settled = replay, True
+        self._grads, self._state = _grads(optimizer), _state(optimizer)
         self.captures += 1
         self._launch(replay)
 
@@ -236,8 +193,16 @@ def _frozen(value: Any, device: torch.device) -> Any:
     return repr(value) if isinstance(value, (list, dict)) else value
 
 
-def _places(optimizer: Optimizer) -> tuple[Any, ...]:
-    """Addresses of gradients, and of the state of their parameters."""
-    given = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    state = [value.data_ptr() for p in given for value in optimizer.state.get(p, {}).values()]
-    return tuple(p.grad.data_ptr() for p in given), tuple(state)
+def _given(optimizer: Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters that have a gradient, with it."""
+    return ((p, p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+
+def _grads(optimizer: Optimizer) -> list[int]:
+    """Addresses of the gradients."""
+    return [grad.data_ptr() for _, grad in _given(optimizer)]
+
+
+def _state(optimizer: Optimizer) -> list[int]:
+    """Addresses of what the optimizer keeps for parameters that have one."""
+    return [value.data_ptr() for param, _ in _given(optimizer) for value in optimizer.state.get(param, {}).values()]

@@ -1,23 +1,26 @@
-"""Steps that are captured once and replayed are those that run: by a stand-in for CUDA graphs on a CPU."""
+"""Steps that are captured once and replayed are those that run: by a stand-in for CUDA graphs on a pretended device."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from lowmem import optim
+from lowmem.kernels import capture, pick
 from lowmem.optim import GraphedStep
 from lowmem.optim.core.lifecycle import Lifecycle
 from torch import Tensor
 from torch.nn import Parameter
 
+from tests import recorder
 from tests.helpers import randn
-from tests.recorder import CpuGraphs
+from tests.recorder import CpuGraphs, OnDevice, Pretend, on_device
 
-SHAPES = ((24, 16), (16, 40), (32, 32), (24, 16), (7,), (3, 4, 5, 5))
-GAP = 6
+SHAPES = ((24, 16), (16, 40), (24, 16), (7,), (3, 4, 5, 5))
+GAP = 5
 
 Build = Callable[..., Lifecycle]
 
@@ -30,7 +33,7 @@ METHODS: dict[str, Build] = {
     "galore entries": lambda params, **o: optim.GaLore(params, projector="randk", carry="reset", **o),
     "galore int8 bases": lambda params, **o: optim.GaLore(params, basis_dtype="int8", **o),
     "galore lazy, ascending": lambda params, **o: optim.GaLore(params, lazy=0.0, maximize=True, **o),
-    "galore stagger": lambda params, **o: optim.GaLore(params, stagger=True, **o),
+    "galore stagger": lambda params, **o: optim.GaLore(params, stagger=True, **{**o, "update_proj_gap": 20}),
     "plain": lambda params, rank, **o: optim.GaLore(params, rank=None, **o),
     "plain, no form of torch": lambda params, rank, **o: optim.GaLore(params, rank=None, fused=False, **o),
     "plain lion": lambda params, rank, **o: optim.GaLore(params, rank=None, rule="lion", **o),
@@ -59,19 +62,37 @@ METHODS: dict[str, Build] = {
 
 
 class Run:
-    """An optimizer with gradients that stay where they are."""
+    """An optimizer on a pretended device, with gradients that stay where they are.
 
-    def __init__(self, build: Build, *, dtype: torch.dtype = torch.float32, graphed: bool = False, **options: Any):
-        self.params = [Parameter(randn(*shape, seed=i, dtype=dtype)) for i, shape in enumerate(SHAPES)]
-        options = {"rank": 4, "update_proj_gap": GAP, "lr": torch.tensor(1e-2), "capturable": True, **options}
-        self.optimizer = build(self.params, **options)
+    Args:
+        build: The optimizer.
+        dtype: Of the weights.
+        graphed: Step by `GraphedStep`.
+        options: Those of the optimizer.
+    """
+
+    def __init__(self, build: Build, dtype: torch.dtype = torch.float32, *, graphed: bool = False, **options: Any):
+        self.params = [Parameter(on_device(randn(*shape, seed=i, dtype=dtype))) for i, shape in enumerate(SHAPES)]
+        options = {
+            "rank": 4,
+            "update_proj_gap": GAP,
+            "lr": on_device(torch.tensor(1e-2)),
+            "capturable": True,
+            **options,
+        }
+        with Pretend():
+            self.optimizer = build(options.pop("groups", None) or self.params, **options)
         self.graphs = CpuGraphs(self.optimizer)
-        self.step = GraphedStep(self.optimizer, graphs=self.graphs, warmup=1) if graphed else self.optimizer.step
+        self.graphed = GraphedStep(self.optimizer, graphs=self.graphs, warmup=1) if graphed else None
+
+    def step(self) -> None:
+        with Pretend():
+            (self.graphed or self.optimizer.step)()
 
     def feed(self, seed: int, skip: Sequence[int] = ()) -> None:
         """Copy new gradients in, or make them, for all parameters but some."""
         for i, param in enumerate(self.params):
-            grad = randn(*param.shape, seed=1000 * seed + i, dtype=param.dtype)
+            grad = on_device(randn(*param.shape, seed=1000 * seed + i, dtype=param.dtype))
             if i in skip:
                 continue
             if param.grad is None:
@@ -80,7 +101,7 @@ class Run:
                 param.grad.copy_(grad)
 
     def train(self, steps: int, start: int = 0, skip: Sequence[int] = ()) -> None:
-        """Step with a learning rate that changes."""
+        """Step with a learning rate that changes where it is a tensor."""
         for number in range(start, start + steps):
             self.feed(number, skip)
             for group in self.optimizer.param_groups:
@@ -94,22 +115,355 @@ class Run:
         return [*self.params, *(value for state in held for _, value in sorted(state.items()))]
 
 
+def pair(build: Build, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Run, Run]:
+    """The same optimizer, stepped and graphed."""
+    return Run(build, dtype, **copy.deepcopy(options)), Run(build, dtype, graphed=True, **copy.deepcopy(options))
+
+
 def assert_same(one: Run, other: Run) -> None:
-    pairs = list(zip(one.tensors(), other.tensors(), strict=True))
-    assert all(left.isfinite().all() or left.ndim == 0 for left, _ in pairs)
-    for left, right in pairs:
+    for left, right in zip(one.tensors(), other.tensors(), strict=True):
         assert left.dtype == right.dtype
+        assert left.ndim == 0 or left.isfinite().all()
         assert torch.equal(left, right)
-    assert [o["lr"] for o in one.optimizer.param_groups] == [o["lr"] for o in other.optimizer.param_groups]
+    for mine, theirs in zip(one.optimizer.param_groups, other.optimizer.param_groups, strict=True):
+        assert {**mine, "params": 0} == {**theirs, "params": 0}  # the windows of blocks are in them
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def both(runs: tuple[Run, Run], steps: int, start: int = 0, skip: Sequence[int] = ()) -> int:
+    """Train both, compare them, and tell how many steps of the second were replays."""
+    before = runs[1].graphed.replays
+    for run in runs:
+        run.train(steps, start, skip)
+    assert_same(*runs)
+    return runs[1].graphed.replays - before
+
+
+# ------------------------------------------------------------------------------------------------- trajectories
+
+BF16 = (
+    "galore",
+    "galore entries",
+    "plain",
+    "galore plus",
+    "fira",
+    "apollo",
+    "frugal columns",
+    "frugal sketch",
+    "badam",
+)
+FP64 = ("galore", "fira", "frugal sketch", "descent", "plain")
+
+
 @pytest.mark.parametrize("build", METHODS.values(), ids=METHODS)
-def test_replayed_steps_are_those_that_run(build: Build, dtype: torch.dtype) -> None:
-    eager, graphed = Run(build, dtype=dtype), Run(build, dtype=dtype, graphed=True)
-    for start in range(0, 3 * GAP, GAP):
-        eager.train(GAP, start)
-        graphed.train(GAP, start)
-        assert_same(eager, graphed)
-    assert isinstance(graphed.step, GraphedStep)
-    assert graphed.step.replays >= 3
+def test_replayed_steps_are_those_that_run(build: Build) -> None:
+    runs = pair(build)
+    assert both(runs, 2 * GAP) + both(runs, GAP, 2 * GAP) >= 3  # between refreshes, of which there are three
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_replayed_steps_are_those_that_run_in_bf16(name: str) -> None:
+    runs = pair(METHODS[name], torch.bfloat16, rounding="compensated")
+    assert both(runs, 2 * GAP) >= GAP
+
+
+@pytest.mark.parametrize("name", FP64)
+def test_replayed_steps_are_those_that_run_in_fp64(name: str) -> None:
+    runs = pair(METHODS[name], torch.float64, weight_decay=0.1)
+    assert both(runs, 2 * GAP) >= GAP
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "frugal sketch", "descent", "galore plus", "low rank signs"])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 0.0])
+def test_a_bad_gradient_in_a_replay_is_what_it_is_in_a_step(name: str, bad: float) -> None:
+    runs = pair(METHODS[name])
+    both(runs, GAP - 1)
+    for run in runs:
+        run.feed(GAP - 1)
+        run.params[0].grad[3, 4] = bad
+        run.params[1].grad.fill_(bad)
+        run.step()
+    assert_same(*runs)
+    assert both(runs, GAP, GAP) > 0
+
+
+@pytest.mark.parametrize("name", ["galore", "plain", "fira", "frugal sketch", "descent", "galore plus"])
+def test_capturable_steps_are_those_of_the_ordinary_optimizer(name: str) -> None:
+    runs = [Run(METHODS[name], torch.float64, capturable=flag) for flag in (False, True)]
+    for run in runs:
+        run.train(2 * GAP + 2)
+    for left, right in zip(*(run.params for run in runs), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-8)  # rates and counts are in fp32
+
+
+def test_a_graph_that_froze_a_count_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GraphedStep, "_check", lambda self: None)
+    monkeypatch.setattr(recorder, "ASKS", ())
+    runs = pair(optim.GaLore, capturable=False)
+    with pytest.raises(AssertionError):
+        both(runs, GAP)
+
+
+# ------------------------------------------------------------------------------------ what is replayed, and when
+
+
+def test_steps_run_until_one_is_captured_and_where_a_refresh_is_due() -> None:
+    run = Run(optim.GaLore, graphed=True)
+    seen = []
+    for number in range(3 * GAP):
+        run.train(1, number)
+        seen.append((run.graphed.captures, run.graphed.replays, run.graphs.warmed))
+    first = [(0, 0, 0), (0, 0, 1), (1, 1, 1), (1, 2, 1), (1, 3, 1)]
+    later = [(1, 3 + 4 * n + k, 1) for n in range(2) for k in range(GAP)]
+    assert seen == first + later
+
+
+def test_groups_with_intervals_of_their_own_and_staggered_refreshes() -> None:
+    def build(params: list[Parameter], **options: Any) -> Lifecycle:
+        first = {"params": params[:2], "rank": 4, "update_proj_gap": 7}
+        groups = [first, {"params": params[2:3], "rank": 4, "stagger": True}]
+        return optim.GaLore([*groups, {"params": params[3:], "rank": None, "lr": 1e-3}], **options)
+
+    runs = pair(build)
+    assert both(runs, 16) == 16 - 6  # refreshes at 0, 2, 7, 12 and 14, and one step warms up
+
+
+def test_frozen_parameters_and_gradients_that_come_and_go() -> None:
+    runs = pair(optim.Fira)
+    for run in runs:
+        run.params[2].requires_grad_(False)
+    assert both(runs, 4, skip=(2, 3)) == 2
+    assert both(runs, 6, 4, skip=(2,)) == 3  # a bias joins at 4, a refresh is due at 5, one warms up
+    for run in runs:
+        run.params[1].grad = None
+    assert both(runs, 5, 10, skip=(1, 2)) == 3
+    assert runs[1].graphed.captures == 3
+
+
+def test_options_that_change_are_captured_anew() -> None:
+    runs = pair(optim.GaLore, lr=1e-2, update_proj_gap=50)
+    assert both(runs, 6) == 4
+    for number, change in enumerate(({"lr": 3e-3}, {"weight_decay": 0.3}, {"betas": (0.8, 0.99)}, {"scale": 1.0})):
+        for run in runs:
+            run.optimizer.param_groups[0].update(change)
+        assert both(runs, 3, 6 + 3 * number) == 2
+    assert runs[1].graphed.captures == 5
+
+
+def test_another_parameter_and_another_group_are_captured_anew() -> None:
+    runs = pair(optim.GaLore, update_proj_gap=50)
+    both(runs, 4)
+    for run in runs:
+        run.params[0].data = on_device(run.params[0].data.clone())
+        run.params.append(Parameter(on_device(randn(20, 12))))
+        with Pretend():
+            run.optimizer.add_param_group({"params": [run.params[-1]]})
+    assert both(runs, 5, 4) == 3  # one makes state, one warms up
+
+
+def test_ranks_that_gradients_choose() -> None:
+    runs = pair(optim.GaLore, rank="auto", energy=0.8)
+    assert both(runs, GAP) == GAP - 2
+
+
+def test_gradients_that_moved_are_an_error_until_they_are_known() -> None:
+    runs = pair(optim.GaLore, update_proj_gap=50)
+    both(runs, 5)
+    for run in runs:
+        run.feed(5)
+        for param in run.params:
+            param.grad = param.grad.clone()
+    runs[0].step()
+    with pytest.raises(RuntimeError, match=r"no longer where the graph reads them.*step\.zero_grad\(\)"):
+        runs[1].step()
+    runs[1].graphed.reset()
+    runs[1].step()
+    assert both(runs, 3, 6) == 3
+    runs[1].graphed.zero_grad()
+    assert all(not param.grad.any() for param in runs[1].params)
+
+
+def test_a_rate_of_the_host_that_always_changes_is_correct_and_told() -> None:
+    runs = pair(optim.GaLore, lr=1e-2, update_proj_gap=50)
+    schedulers = [torch.optim.lr_scheduler.LinearLR(run.optimizer, total_iters=50) for run in runs]
+
+    def train() -> None:
+        for number in range(14):
+            assert both(runs, 1, number) == 0
+            for scheduler in schedulers:
+                scheduler.step()
+
+    with pytest.warns(UserWarning, match=r"replays nothing, lr was another in 10 steps.*lr=torch\.tensor"):
+        train()
+
+
+def test_hooks_are_refused() -> None:
+    run = Run(optim.GaLore, graphed=True)
+    handle = run.optimizer.register_step_post_hook(lambda *_: None)
+    run.train(2)
+    with pytest.raises(RuntimeError, match=r"hooks of optimizer\.step would not run.*handle\.remove\(\)"):
+        run.train(1, 2)
+    handle.remove()
+    run.train(1, 2)
+    assert run.graphed.replays == 1
+
+
+# ------------------------------------------------------------------------------------------------- state dicts
+
+
+@pytest.mark.parametrize("name", ["galore", "fira", "descent", "galore plus", "plain"])
+@pytest.mark.parametrize("at", [2, GAP, GAP + 3])
+def test_resuming_from_a_replay_is_the_uninterrupted_run(name: str, at: int) -> None:
+    whole, first = pair(METHODS[name])
+    both((whole, first), at)
+    saved = copy.deepcopy(first.optimizer.state_dict())
+    later = Run(METHODS[name], graphed=True)
+    for param, value in zip(later.params, first.params, strict=True):
+        param.data.copy_(value)
+    with Pretend():
+        later.optimizer.load_state_dict(saved)
+    assert both((whole, later), GAP + 2, at) > 0
+
+
+def test_a_state_dict_that_is_loaded_is_captured_anew() -> None:
+    runs = pair(optim.GaLore, update_proj_gap=50)
+    both(runs, 4)
+    saved = [copy.deepcopy(run.optimizer.state_dict()) for run in runs]
+    both(runs, 3, 4)
+    for run, state in zip(runs, saved, strict=True):
+        with Pretend():
+            run.optimizer.load_state_dict(state)
+    assert both(runs, 4, 7) == 3
+    assert runs[1].graphed.captures == 2
+
+
+@pytest.mark.parametrize("name", ["galore", "descent", "galore plus", "frugal columns", "plain"])
+@pytest.mark.parametrize("saves", [True, False])
+def test_checkpoints_with_and_without_it_are_exchanged(name: str, saves: bool) -> None:
+    one, other = Run(METHODS[name], capturable=saves), Run(METHODS[name], capturable=not saves)
+    one.train(4)
+    other.train(1)
+    with Pretend():
+        other.optimizer.load_state_dict(copy.deepcopy(one.optimizer.state_dict()))
+    assert_counts(other, on_device=saves)  # the option is the checkpoint's, as in torch.optim
+    for param, value in zip(other.params, one.params, strict=True):
+        param.data.copy_(value)
+    other.train(2, 4)
+    one.train(2, 4)
+    assert_same(one, other)
+    for group in other.optimizer.param_groups:
+        group["capturable"] = not saves
+    other.train(1, 6)
+    assert_counts(other, on_device=not saves)
+
+
+def assert_counts(run: Run, *, on_device: bool) -> None:
+    """Counts that enter formulas lie where they should, those of schedules on the host."""
+    for held in run.optimizer.state.values():
+        for name, value in held.items():
+            if name in ("step", "residual_step", "basis_step"):
+                assert isinstance(value, OnDevice) == on_device
+                assert float(value) > 0
+            if name in recorder.HOST:
+                assert not isinstance(value, OnDevice)
+
+
+def test_a_loaded_group_without_it_is_told() -> None:
+    run, other = Run(optim.GaLore, graphed=True), Run(optim.GaLore, capturable=False)
+    for one in (run, other):
+        one.train(2)
+    with Pretend():
+        run.optimizer.load_state_dict(copy.deepcopy(other.optimizer.state_dict()))
+    with pytest.raises(ValueError, match=r"group\['capturable'\] = True"):
+        run.train(1, 2)
+    for group in run.optimizer.param_groups:
+        group["capturable"] = True
+    run.train(3, 2)
+    assert run.graphed.replays == 2
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+REFUSED: dict[str, tuple[Build, dict[str, Any]]] = {
+    "rounding='stochastic'.*pass rounding='compensated'": (optim.GaLore, {"rounding": "stochastic"}),
+    "rounding='compensated8'": (optim.GaLore, {"rounding": "compensated8"}),
+    "state_dtype='8bit'.*pass state_dtype='float32'": (optim.GaLore, {"state_dtype": "8bit"}),
+    "state_dtype='bfloat16'": (optim.Fira, {"state_dtype": torch.bfloat16}),
+    "compat='official'.*pass compat=None": (optim.GaLoreAdamW, {}),
+    "rule='adafactor'.*pass rule='adamw'": (optim.GaLore, {"rule": "adafactor"}),
+    "proj_rule='adafactor'.*pass proj_rule='adam'": (optim.OnlineSubspaceDescent, {"proj_rule": "adafactor"}),
+    "weight_norm=True.*pass weight_norm=False": (optim.GaLore, {"weight_norm": True}),
+    "projector='dct'.*pass projector='columns'": (optim.GaLore, {"projector": "dct"}),
+    r"num_heads=\[.*pass residual='exact'": (optim.GaLorePlus, {"num_heads": [(24, 2)], "residual": "additive"}),
+}
+
+
+@pytest.mark.parametrize(("message", "case"), REFUSED.items())
+def test_numbers_of_the_host_are_refused_by_name(message: str, case: tuple[Build, dict[str, Any]]) -> None:
+    build, options = case
+    with pytest.raises(ValueError, match=f"capturable=True does not go with {message}"):
+        build([{"params": [Parameter(randn(24, 16))], "rank": 2, "capturable": True}], **options)
+    optimizer = build([{"params": [Parameter(randn(24, 16))], "rank": 2}], **options)
+    with pytest.raises(ValueError, match="capturable"):
+        GraphedStep(optimizer, graphs=CpuGraphs(optimizer))
+
+
+@pytest.mark.parametrize("build", [optim.Adafactor, optim.Flora])
+def test_optimizers_without_it_say_so(build: Build) -> None:
+    with pytest.raises(ValueError, match="capturable=True is not supported by this optimizer"):
+        build([{"params": [Parameter(randn(24, 16))], "capturable": True}])
+
+
+def test_gradient_release_is_refused() -> None:
+    model = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="capturable=True is for steps of all parameters"):
+        optim.enable_gradient_release(model, optim.GaLore(model.parameters(), capturable=True))
+
+
+def test_what_is_no_cuda_device_is_refused() -> None:
+    params = [Parameter(randn(6, 4)), Parameter(torch.empty(6, 4, device="meta"))]
+    with pytest.raises(RuntimeError, match=r"parameters are on cpu.*model\.to\('cuda'\)"):
+        GraphedStep(optim.GaLore(params[:1], rank=2, capturable=True))
+    with pytest.raises(ValueError, match="got parameters on cpu, meta"):
+        GraphedStep(optim.GaLore(params, rank=2, capturable=True))
+    with pytest.raises(TypeError, match="got a AdamW"):
+        GraphedStep(torch.optim.AdamW(params[:1], capturable=False))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Invalid warmup: 0"):
+        GraphedStep(optim.GaLore(params[:1], rank=2, capturable=True), warmup=0)
+
+
+@pytest.mark.parametrize(("options", "message"), [({}, "capturable=True"), ({"capturable": True}, "GraphedStep")])
+def test_a_capture_that_could_not_be_replayed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    param = Parameter(randn(24, 16))
+    param.grad = randn(24, 16, seed=1)
+    optimizer = optim.GaLore([param], rank=4, **options)
+    monkeypatch.setattr("lowmem.optim.core.schedule.capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=f"captured in a CUDA graph.*{message}"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+# ---------------------------------------------------------------------------------------- numbers of kernels
+
+
+def test_numbers_of_a_captured_kernel_are_those_of_a_launch() -> None:
+    common = pytest.importorskip("lowmem.kernels.triton_common")
+    words = tuple(common.pack(torch.device("cpu"), [0.5, -1e-3, 0.0], [7, -1, 1 << 31]).tolist())
+    assert capture.constant(words, torch.device("cpu")).tolist() == list(words)
+    with capture.sharing():
+        assert capture.constant(words, torch.device("cpu")) is capture.constant(words, torch.device("cpu"))
+    assert capture.constant(words, torch.device("cpu")) is not capture.constant(words, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_adam_takes_counts_as_tensors(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    found = []
+    for t in (3, torch.tensor(3.0)):
+        grad, first, second, out = (randn(8, 8, seed=seed).abs_() for seed in range(4))
+        pick("adam", grad, backend)([grad], ([first], [second]), [t], [out], (0.9, 0.999), 1e-8)
+        found.append((first, second, out))
+    for left, right in zip(*found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=0)

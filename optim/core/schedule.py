@@ -56,8 +56,8 @@ class Schedule:
     @property
     def due(self) -> bool:
         """Whether the next step is another one: it searches bases, makes state or opens a window."""
-        waits = (bool((wait < first).any()) for wait, first in zip(self.waits, self.first, strict=True))
-        return not self.ready or any(waits) or any(group[blocks.WAIT] <= 0 for group in self.turns)
+        soon = (_least(wait) < first for wait, first in zip(self.waits, self.first, strict=True))
+        return not self.ready or any(soon) or any(group[blocks.WAIT] <= 0 for group in self.turns)
 
     def count(self) -> None:
         """Count a step that was replayed."""
@@ -65,6 +65,10 @@ class Schedule:
             torch._foreach_sub_(self.waits, 1)
         for group in self.turns:
             group[blocks.WAIT] -= 1
+
+
+def _least(wait: Tensor) -> float:
+    return wait.item() if wait.ndim == 0 else wait.min().item()
 
 
 def _states(optimizer: Lifecycle, group: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
