@@ -202,7 +202,7 @@ def gpu_check(
         bool, typer.Option("--interpret", help="Run every part in Triton's interpreter on tiny shapes; no GPU needed.")
     ] = False,
     minutes: Annotated[float, typer.Option(min=0.1, help="Time for all; what no longer fits is left out.")] = 10.0,
-    only: Annotated[str, typer.Option(help="Parts, such as kernels,steps: kernels, times, steps, train.")] = "",
+    only: Annotated[str, typer.Option(help="Parts, such as kernels,steps: kernels, times, steps, graphs, train.")] = "",
     out: Annotated[
         Path | None, typer.Option(help="JSON file.", show_default="bench/results/gpu_check_DEVICE.json")
     ] = None,

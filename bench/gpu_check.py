@@ -22,9 +22,9 @@ from .gpu_device import Bench, Budget
 from .gpu_report import markdown, table, title
 from .measure import device_name
 
-PARTS = ("kernels", "times", "steps", "train")
+PARTS = ("kernels", "times", "steps", "graphs", "train")
 """In the order in which they run: what is right comes before what is fast."""
-SHARES = {"rates": 0.1, "kernels": 0.3, "times": 0.12, "steps": 0.6}
+SHARES = {"rates": 0.1, "kernels": 0.3, "times": 0.12, "steps": 0.6, "graphs": 0.1}
 """Share of the time that a part may take."""
 RESERVED = 0.3
 """Share that is kept for the last part."""
@@ -143,6 +143,14 @@ def _steps(bench: Bench, figures: Figures) -> None:
     figures["targets"] = list(targets(figures["steps"]))
 
 
+def _graphs(bench: Bench, figures: Figures) -> None:
+    from .gpu_graphs import measure
+
+    figures["graphs"] = []
+    for row in measure(bench):
+        _note(figures, "graphs", row, f"{row['optimizer']} {row['model']}")
+
+
 def _note(figures: Figures, part: str, row: Figures, name: str) -> None:
     figures[part].append(row)
     if "error" in row:
@@ -161,6 +169,7 @@ RUN: dict[str, Callable[[Bench, Figures], None]] = {
     "kernels": _kernels,
     "times": _times,
     "steps": _steps,
+    "graphs": _graphs,
     "train": _train,
 }
 

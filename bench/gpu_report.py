@@ -19,6 +19,7 @@ def rows(figures: dict[str, Any]) -> list[Row]:
         *map(_time, figures.get("times", [])),
         *map(_step, figures.get("steps", [])),
         *map(_target, figures.get("targets", [])),
+        *map(_graph, figures.get("graphs", [])),
         *_train(figures.get("train")),
     ]
 
@@ -96,6 +97,17 @@ def _target(record: dict[str, Any]) -> Row:
     if "missing" in record:
         return ("target", what, "", "", "", "", record["missing"])
     return ("target", what, "", "", "", "", f"{record['ratio']:.3f}x: {'met' if record['met'] else 'NOT MET'}")
+
+
+def _graph(row: dict[str, Any]) -> Row:
+    what = f"{row['optimizer']}, {row['model']}, rank {row['rank']}"
+    if _result(row):
+        return ("graph", what, "", "", "", "", _result(row))
+    faster = row["eager_ms"] / row["ms"]
+    result = (
+        f"{row['eager_ms']:,.3f} ms without, {faster:.2f}x; {row['replays']} replays, {row['difference']:.1e} apart"
+    )
+    return ("graph", what, f"{row['ms']:,.3f}", "", "", "", result)
 
 
 def _numbers(row: dict[str, Any]) -> Row:

@@ -110,13 +110,13 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
                 if bench.budget.left() < needed:
                     yield row | {"skipped": f"needs up to {needed} s"}
                     continue
-                yield row | _outcome(bench, model, build)
+                yield row | outcome(bench, lambda model=model, build=build: _time(bench, model, build))  # type: ignore[misc]
 
 
-def _outcome(bench: Bench, model: Model, build: Build) -> dict[str, Any]:
-    """The times of one contender, or why there are none."""
+def outcome(bench: Bench, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is found of one contender, or why nothing is."""
     try:
-        return _time(bench, model, build)
+        return run()
     except ImportError as error:
         return {"missing": str(error)}
     except Exception as error:

@@ -123,6 +123,10 @@ IN_GROUPS_ONLY = [
 ]
 
 
+def test_a_tensor_rate_goes_with_foreach_where_it_is_captured() -> None:
+    assert GaLore([matrix()], lr=torch.tensor(0.1), foreach=True, capturable=True).defaults["foreach"]
+
+
 @pytest.mark.parametrize(("options", "message"), INVALID, ids=lambda value: str(value)[:40])
 def test_the_constructor_rejects(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, RuntimeError), match=message):

@@ -13,13 +13,18 @@ from lowmem.bench import gpu_check as check
 from lowmem.bench.errors import UserError
 from lowmem.bench.gpu_compare import codes, equal, relative, written
 from lowmem.bench.gpu_device import Bench, Budget
+from lowmem.bench.gpu_graphs import compare, contenders, measure
 from lowmem.bench.gpu_report import COLUMNS, markdown, rows
+from lowmem.bench.gpu_report import _graph as graph_row
+from lowmem.bench.gpu_steps import TINY_MODELS
 from lowmem.bench.gpu_targets import targets
 from lowmem.kernels import reference
 from lowmem.kernels.blockwise import Blocks
 from lowmem.kernels.rounding import Target
+from lowmem.optim import GraphedStep
 
 from tests.helpers import randn
+from tests.recorder import CpuGraphs
 from tests.test_bench_commands import lowmem
 
 pytest.importorskip("triton")
@@ -95,7 +100,7 @@ def test_without_a_gpu_it_says_what_is_needed_in_one_line(tmp_path: Any) -> None
 
 def test_parts_are_named() -> None:
     assert check.Settings(only="train, kernels").parts == ("kernels", "train")
-    with pytest.raises(UserError, match="kernels, times, steps, train"):
+    with pytest.raises(UserError, match="kernels, times, steps, graphs, train"):
         _ = check.Settings(only="speed").parts
 
 
@@ -143,6 +148,32 @@ def test_a_kernel_that_fails_and_a_part_that_fails_are_written_down() -> None:
     figures |= {"versions": {}, "device": "none", "interpreted": False, "seconds": 1.0}
     assert "ZeroDivisionError" in markdown(figures)
     assert len(rows(figures)[0]) == len(COLUMNS)
+
+
+def test_captured_steps_are_compared_with_those_that_run() -> None:
+    build = contenders()["Fira"]
+    found = compare(bench(), TINY_MODELS[0], build, lambda o: GraphedStep(o, warmup=1, graphs=CpuGraphs(o)))
+    assert found["difference"] == 0.0
+    assert found["captures"] == 1
+    assert found["replays"] == 8
+    assert found["ms"] > 0
+    assert found["eager_ms"] > 0
+    text = graph_row({"optimizer": "Fira", "model": "tiny", "rank": 16, **found})
+    assert "8 replays, 0.0e+00 apart" in text[-1]
+    skipped = list(measure(bench()))
+    assert len(skipped) == len(contenders())
+    assert all(row["skipped"] == "needs a CUDA device" for row in skipped)
+
+
+def test_a_graph_that_goes_astray_is_seen() -> None:
+    class Standing(CpuGraphs):
+        def capture(self, step: Callable[[], Any]) -> Callable[[], None]:
+            super().capture(step)
+            return lambda: None
+
+    build = contenders()["GaLore"]
+    found = compare(bench(), TINY_MODELS[0], build, lambda o: GraphedStep(o, warmup=1, graphs=Standing(o)))
+    assert found["error"].startswith("weights differ by")
 
 
 def test_comparisons() -> None:

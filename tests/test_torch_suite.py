@@ -3,7 +3,8 @@
 What of TestOptimRenewed is not here, and why:
 
     test_complex*, test_rosenbrock_sparse        complex parameters and sparse gradients are refused (test_contract)
-    test_*differentiable*, capturable            both are refused by name (test_contract)
+    test_*differentiable*                        refused by name (test_contract)
+    test_*graph* of test_cuda.py                 need a GPU; graphs are tested on a pretended device (test_graphs)
     test_foreach_matches_forloop, test_fused_*   plain groups are torch's own forms, bit for bit (test_galore)
     test_defaults_changed_to_foreach             there is one form of projected steps
     test_*_multigpu, test_*cuda*, mixed device   need a GPU
@@ -62,7 +63,16 @@ ADAM_INPUTS = [
     ({"weight_decay": 0.1, "maximize": True}, "maximize"),
     ({"eps": 1e-6, "betas": (0.8, 0.95)}, "non-default eps and betas"),
 ]
+CAPTURABLE_INPUTS = [
+    ({"lr": torch.tensor(0.01), "weight_decay": 0.1, "capturable": True}, "tensor lr with capturable and decay"),
+]
+PLAIN_CAPTURABLE = [
+    *CAPTURABLE_INPUTS,
+    ({"capturable": True}, "capturable"),
+    ({"capturable": True, "fused": False, "maximize": True}, "capturable, not fused"),
+]
 PLUS_INPUTS = [
+    *CAPTURABLE_INPUTS,
     ({}, "default"),
     ({"lr": torch.tensor(0.01)}, "tensor lr"),
     ({"weight_decay": 0.1, "maximize": True}, "maximize"),
@@ -70,12 +80,14 @@ PLUS_INPUTS = [
 ]
 RANKED_INPUTS = [
     *ADAM_INPUTS,
+    *CAPTURABLE_INPUTS,
     ({"update_proj_gap": 2, "projector": "svd"}, "svd"),
     ({"rule": "adafactor", "update_proj_gap": 3}, "adafactor inside"),
     ({"rule": "sgd", "proj_type": "full", "carry": "keep"}, "sgd, two-sided"),
 ]
 FRUGAL_INPUTS = [
     *ADAM_INPUTS,
+    *CAPTURABLE_INPUTS,
     ({"update_proj_gap": 2, "projector": "svd", "free_space": "complement"}, "svd, complement"),
     ({"update_proj_gap": 2, "projector": "randk", "carry": "rotate", "free_rule": "sgd"}, "entries, sgd"),
     ({"update_proj_gap": 2, "projector": "blocks"}, "blocks"),
@@ -117,7 +129,11 @@ PRESET_INPUTS = [
 ]
 PRESET_ERRORS = [case for case in ADAFACTOR_ERRORS if "beta2_decay" not in case[0]]
 EIGHT_BIT_ERRORS = [case for case in ADAM_ERRORS if "foreach" not in case[0]]
-BLOCK_INPUTS = [*ADAM_INPUTS, ({"update_proj_gap": 2, "carry": "reset"}, "reset at short intervals")]
+BLOCK_INPUTS = [
+    *ADAM_INPUTS,
+    *CAPTURABLE_INPUTS,
+    ({"update_proj_gap": 2, "carry": "reset"}, "reset at short intervals"),
+]
 
 
 def record(cls: type[Optimizer], inputs: list[Any], errors: list[Any], **fixed: Any) -> OptimizerInfo:
@@ -153,7 +169,7 @@ def record(cls: type[Optimizer], inputs: list[Any], errors: list[Any], **fixed: 
 
 
 OPTIM_DB = {
-    "GaLore-plain": record(GaLore, ADAM_INPUTS, ADAM_ERRORS, rank=None),
+    "GaLore-plain": record(GaLore, [*ADAM_INPUTS, *PLAIN_CAPTURABLE], ADAM_ERRORS, rank=None),
     "GaLore-rank2": record(GaLore, RANKED_INPUTS, ADAM_ERRORS, rank=2, scale=1.0),
     "GaLoreAdamW": record(GaLoreAdamW, ADAM_INPUTS, ADAM_ERRORS, rank=2),
     "GaLoreAdamW8bit": record(GaLoreAdamW8bit, ADAM_INPUTS, ADAM_ERRORS, rank=2),
@@ -162,13 +178,15 @@ OPTIM_DB = {
     "AdamW8bit-bnb8": record(AdamW8bit, ADAM_INPUTS, EIGHT_BIT_ERRORS, state_dtype="bnb8"),
     "BAdam": record(BAdam, BLOCK_INPUTS, ADAM_ERRORS, density=1.0, block_by="tensor"),
     "LISA": record(LISA, BLOCK_INPUTS, ADAM_ERRORS, layers=1, block_by="tensor"),
-    "Apollo": record(Apollo, ADAM_INPUTS, ADAM_ERRORS, rank=2, update_proj_gap=3),
-    "Fira": record(Fira, ADAM_INPUTS, ADAM_ERRORS, rank=2, scale=1.0),
+    "Apollo": record(Apollo, [*ADAM_INPUTS, *CAPTURABLE_INPUTS], ADAM_ERRORS, rank=2, update_proj_gap=3),
+    "Fira": record(Fira, [*ADAM_INPUTS, *CAPTURABLE_INPUTS], ADAM_ERRORS, rank=2, scale=1.0),
     "FiraAdamW": record(FiraAdamW, ADAM_INPUTS, ADAM_ERRORS, rank=2),
     "Frugal": record(Frugal, FRUGAL_INPUTS, ADAM_ERRORS),
-    "OnlineSubspaceDescent": record(OnlineSubspaceDescent, ADAM_INPUTS, ADAM_ERRORS, rank=2),
+    "OnlineSubspaceDescent": record(OnlineSubspaceDescent, [*ADAM_INPUTS, *CAPTURABLE_INPUTS], ADAM_ERRORS, rank=2),
     "GaLorePlus": record(GaLorePlus, PLUS_INPUTS, ADAM_ERRORS, rank=2, residual_density=0.1, residual_warmup=2),
-    "LowRank": record(LowRank, ADAM_INPUTS, ADAM_ERRORS, rank=2, projector="columns", residual="signsgd"),
+    "LowRank": record(
+        LowRank, [*ADAM_INPUTS, *CAPTURABLE_INPUTS], ADAM_ERRORS, rank=2, projector="columns", residual="signsgd"
+    ),
     "LowRank-normalised": record(LowRank, ADAM_INPUTS, ADAM_ERRORS, rank=2, projector="track", weight_norm=True),
     "Flora": record(Flora, ADAFACTOR_INPUTS, ADAFACTOR_ERRORS, rank=2),
     "Adafactor": record(Adafactor, ADAFACTOR_INPUTS, ADAFACTOR_ERRORS),
