@@ -60,7 +60,7 @@ def _delegate(b: Bucket, indices: list[int], *, fused: bool) -> None:
 def _by_rule(b: Bucket) -> None:
     """Run the rule on one parameter: `W <- (1 - lr wd) W - lr N`, rounded once."""
     (t,) = count_step(b)
-    if _coded_adamw_(b, t):
+    if _coded_adamw_(b, t) or _widened_adamw_(b, t):
         return
     param, position = b.params[0], b.positions[0]
     lr, decay = rates(b, 0)
@@ -89,6 +89,39 @@ def _coded_adamw_(b: Bucket, t: Count) -> bool:
     for target in writing(b.params[0], held, hyper, position, box=b.layout.box):
         adamw_ = pick(f"adamw_{how.form.name}", target.weight, hyper.backend)
         adamw_(target, codec.matrix(b.grads[0]), (first, second), count, *rates(b, 0), how)
+    return True
+
+
+def _widened_adamw_(b: Bucket, t: Count) -> bool:
+    """AdamW on a weight narrower than its moments, on a CPU; tell whether that is the case.
+
+    Torch's fused form takes one dtype: it gets tiles of weight and gradient in that of the moments.
+    """
+    param, held, hyper = b.params[0], b.states[0], b.hyper
+    if hyper.rule != "adamw" or hyper.official or param.device.type != "cpu":
+        return False
+    if param.dtype == b.dtype or held["exp_avg"].dtype != b.dtype:
+        return False
+    count = torch.tensor(float(t))
+    for target in writing(param, held, hyper, b.positions[0], box=b.layout.box):
+        for part, grad, moments in _pieces(b, target):
+            value, wide = part.read().contiguous(), grad.to(b.dtype).contiguous()
+            torch._fused_adamw_(
+                [value],
+                [wide],
+                [moments["exp_avg"]],
+                [moments["exp_avg_sq"]],
+                [],
+                [count],
+                lr=float(hyper.lr),
+                beta1=hyper.betas[0],
+                beta2=hyper.betas[1],
+                weight_decay=hyper.weight_decay,
+                eps=single_eps(hyper.eps),
+                amsgrad=False,
+                maximize=hyper.maximize,
+            )
+            part.write(value)
     return True
 
 
