@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -11,7 +12,7 @@ def select(matrix: Tensor, index: Tensor, dim: int) -> Tensor:
         return select(matrix.T, index, 1 - dim).T
     if dim == 0:
         return matrix.index_select(0, index)
-    return matrix.gather(1, index.expand(len(matrix), -1))
+    return _bits(matrix).gather(1, index.expand(len(matrix), -1)).view(matrix.dtype)
 
 
 def put_(matrix: Tensor, index: Tensor, dim: int, values: Tensor) -> None:
@@ -21,4 +22,9 @@ def put_(matrix: Tensor, index: Tensor, dim: int, values: Tensor) -> None:
     elif dim == 0:
         matrix.index_copy_(0, index, values)
     else:
-        matrix.scatter_(1, index.expand(len(matrix), -1), values)
+        _bits(matrix).scatter_(1, index.expand(len(matrix), -1), _bits(values))
+
+
+def _bits(matrix: Tensor) -> Tensor:
+    """The same memory as integers where it is bf16, which torch moves entry by entry at half the speed."""
+    return matrix.view(torch.int16) if matrix.dtype == torch.bfloat16 else matrix
