@@ -8,7 +8,7 @@ from torch.nn.functional import hardshrink
 
 from .reference import Move, Scaled, Signed, residual
 from .rounding import Target
-from .tiles import tiles
+from .tiles import chunk, tiles
 
 
 def project_back_(target: Target, left: Tensor | None, right: Tensor | None, move: Move) -> None:
@@ -24,6 +24,9 @@ def project_back_(target: Target, left: Tensor | None, right: Tensor | None, mov
         return
     if isinstance(move.residual, Signed):
         move = move._replace(residual=_narrow(move.residual, move.gemm))
+    if left is not None and right is not None and _in_bf16(target, move):
+        _in_steps_(target.weight, left, right, move)
+        return
     for rows, cols in tiles(target.weight):
         part = target.part(rows, cols)
         value = part.weight if part.exact else part.read()
@@ -34,6 +37,44 @@ def project_back_(target: Target, left: Tensor | None, right: Tensor | None, mov
         _add_residual_(value, piece(move.residual, rows, cols), move)
         if not part.exact:
             part.write(value)
+
+
+def _in_bf16(target: Target, move: Move) -> bool:
+    """Whether a step may be made in bf16, as the factors of its product are, and added to the weight in one pass."""
+    weight, rest = target.weight, move.residual
+    if weight.device.type != "cpu" or rest is None or target.mode != "nearest":
+        return False
+    narrow = weight.dtype == rest.grad.dtype == move.gemm == torch.bfloat16
+    sound = isinstance(rest, Scaled) or bool(rest.sound)
+    return narrow and sound and (weight.is_contiguous() or weight.T.is_contiguous())
+
+
+def _in_steps_(weight: Tensor, left: Tensor, right: Tensor, move: Move) -> None:
+    """`S <- L R^T + residual` in bf16, `W <- decay W + alpha S` rounded once, for W (m, n) of either memory order.
+
+    Torch has that pass as `W + alpha S`, and with a decay as `lerp(W, S', 1 - decay)`, S' = `alpha / (1 - decay) S`: in
+    fp32 there would be conversions of W, of S and of W back around it.
+    """
+    if not weight.is_contiguous():
+        _in_steps_(weight.T, right, left, move._replace(residual=_transposed(move.residual)))
+        return
+    alpha, share = float(move.alpha), 1.0 - float(move.decay)
+    scale = alpha / share if share else 1.0
+    for rows, cols in tiles(weight, 2 * chunk(weight.device), even=True):  # as many bytes as those in fp32
+        part, rest = weight[rows, cols], piece(move.residual, rows, cols)
+        step, own = (_signs(rest), rest.scale) if isinstance(rest, Signed) else (_scaled(rest), 1.0)
+        step.addmm_(left[rows], right[cols].T, beta=scale * own, alpha=scale)
+        if share:
+            part.lerp_(step, share)
+        else:
+            part.add_(step, alpha=alpha)
+
+
+def _scaled(rest: Scaled | None) -> Tensor:
+    """`s o G` in the dtype of G."""
+    assert rest is not None
+    step = rest.grad * rest.factors.to(rest.grad.dtype)
+    return step if _loud(rest) else step.masked_fill_(rest.factors == 0, 0.0)
 
 
 def _add_(value: Tensor, step: Tensor, alpha: float | Tensor) -> None:
@@ -52,7 +93,7 @@ def _add_residual_(value: Tensor, rest: Scaled | Signed | None, move: Move) -> N
     elif isinstance(rest, Scaled) and _loud(rest):
         value.addcmul_(rest.grad.to(value.dtype), rest.factors.to(value.dtype), value=move.alpha)
     elif isinstance(rest, Signed) and rest.sound:
-        value.add_(_signs(rest, value.dtype), alpha=move.alpha * rest.scale)
+        value.add_(_signs(rest), alpha=move.alpha * rest.scale)
     else:
         value.add_(_whole(rest, value, move), alpha=move.alpha)
 
@@ -63,13 +104,20 @@ def _whole(rest: Scaled | Signed, value: Tensor, move: Move) -> Tensor:
     return step
 
 
-def _signs(rest: Signed, work: torch.dtype) -> Tensor:
-    """`sign(G - E F^T)`, zero where the difference is not above the floor; torch's shrinkage compares fastest."""
-    if rest.left is None or rest.right is None or rest.floor is None:
-        return rest.grad.sign()
-    difference = rest.grad.to(work) - (rest.left @ rest.right.T).to(work)
-    tiny = torch.finfo(work).tiny
-    return hardshrink(difference.div_(rest.floor.clamp(min=tiny)), 1.0).sign_()
+def _signs(rest: Signed) -> Tensor:
+    """`sign(G - E F^T)`, zero where the difference is not above the floor, in the dtype of G.
+
+    Torch's shrinkage compares fastest.
+    """
+    grad, left, right, floor = rest.grad, rest.left, rest.right, rest.floor
+    if left is None or right is None or floor is None:
+        return grad.sign()
+    if grad.dtype == left.dtype == torch.bfloat16:
+        difference = torch.addmm(grad, left, right.T, alpha=-1.0).to(floor.dtype)
+    else:
+        difference = grad.to(floor.dtype) - (left @ right.T).to(floor.dtype)
+    tiny = torch.finfo(floor.dtype).tiny
+    return hardshrink(difference.div_(floor.clamp(min=tiny)), 1.0).sign_().to(grad.dtype)
 
 
 def _in_place_(weight: Tensor, left: Tensor | None, right: Tensor | None, move: Move) -> None:
@@ -132,6 +180,14 @@ def piece(rest: Scaled | Signed | None, rows: slice, cols: slice) -> Scaled | Si
     return rest._replace(
         grad=grad, left=rest.left[rows], right=rest.right[cols], floor=_broadcast(rest.floor, rows, cols)
     )
+
+
+def _transposed(rest: Scaled | Signed | None) -> Scaled | Signed | None:
+    """The residual of the transposed weight."""
+    if rest is None or isinstance(rest, Scaled):
+        return None if rest is None else Scaled(rest.grad.T, rest.factors.T)
+    floor = None if rest.floor is None else rest.floor.T
+    return rest._replace(grad=rest.grad.T, left=rest.right, right=rest.left, floor=floor)
 
 
 def _broadcast(factors: Tensor, rows: slice, cols: slice) -> Tensor:
