@@ -65,6 +65,11 @@ class Target:
         row, col = self.row + (rows.start or 0), self.col + (cols.start or 0)
         return replace(self, weight=self.weight[rows, cols], correction=correction, row=row, col=col)
 
+    @property
+    def draws(self) -> bool:
+        """Its rounding needs random bits."""
+        return self.mode in ("stochastic", "compensated8")
+
     def select(self, index: Tensor, dim: int) -> Target:
         """Copy some rows (dim 0) or columns (dim 1); `put` writes them back."""
         across = torch.arange(self.weight.shape[1 - dim], device=index.device)
@@ -80,7 +85,8 @@ class Target:
     def take(self, index: Tensor) -> Target:
         """Copy the entries at flat indices (k,), as (1, k); `put_at` writes them back."""
         width = self.weight.shape[1]
-        return self._copy(lambda tensor: tensor.take(index)[None], (index // width, index % width))
+        cells = (index // width, index % width) if self.draws else None
+        return self._copy(lambda tensor: tensor.take(index)[None], cells)
 
     def put_at(self, selection: Target, index: Tensor) -> None:
         """Write entries of `take` back."""
@@ -88,9 +94,9 @@ class Target:
         if self.correction is not None and selection.correction is not None:
             self.correction.put_(index, selection.correction)
 
-    def _copy(self, choose: Callable[[Tensor], Tensor], cells: tuple[Tensor, Tensor]) -> Target:
+    def _copy(self, choose: Callable[[Tensor], Tensor], cells: tuple[Tensor, Tensor] | None) -> Target:
         correction = None if self.correction is None else choose(self.correction)
-        moved = (cells[0] + self.row, cells[1] + self.col)
+        moved = (cells[0] + self.row, cells[1] + self.col) if cells else None
         return replace(self, weight=choose(self.weight), correction=correction, cells=moved)
 
     def read(self) -> Tensor:

@@ -27,10 +27,11 @@ def square_means(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """Squared norms of the rows (a,) of a matrix (a, b) in any memory order, without its squares."""
-    if not _by_columns(matrix):
-        norms: Tensor = torch.linalg.vector_norm(matrix, dim=1, dtype=dtype)
-        return norms.square_()
     total = torch.zeros(len(matrix), dtype=dtype, device=matrix.device)
+    if not _by_columns(matrix):
+        for part in row_blocks(matrix, dtype):
+            torch.linalg.vector_norm(matrix[part], dim=1, dtype=dtype, out=total[part])
+        return total.square_()
     for rows, cols in tiles(matrix.T):
         total[cols] += matrix.T[rows, cols].to(dtype).square().sum(0)
     return total

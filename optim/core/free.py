@@ -77,8 +77,12 @@ def silence_(b: Bucket, low: Tensor) -> Tensor:
 
 
 def sound_gradients(b: Bucket) -> Tensor:
-    """Tell which gradients have a finite norm (k,), without a synchronisation."""
-    norms = [torch.linalg.vector_norm(grad, dtype=b.dtype) for grad in b.grads]
+    """Tell which gradients have a finite norm (k,), without a synchronisation.
+
+    In bf16, whose range is that of fp32; torch would convert the whole gradient first.
+    """
+    dtype = None if b.params[0].dtype == torch.bfloat16 else b.dtype
+    norms = [torch.linalg.vector_norm(grad, dtype=dtype) for grad in b.grads]
     return torch.stack(norms).isfinite()
 
 
