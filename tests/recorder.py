@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from lowmem.optim.core.lifecycle import Lifecycle
@@ -24,6 +25,8 @@ OPEN = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.ne
 """Operations that leave memory as it is."""
 ASKS = (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.is_nonzero)
 """Operations with which the host reads a device."""
+SENDS = (aten.lift_fresh,)
+"""Operations that make a tensor of numbers of the host, from memory that a graph would read again."""
 
 
 class Call(NamedTuple):
@@ -56,6 +59,7 @@ class Recording(TorchDispatchMode):
         read = {address(tensor) for tensor in tensors((args, kwargs))}
         self._there |= {address(t) for t in tensors((args, kwargs)) if isinstance(t, OnDevice)}
         assert func.overloadpacket not in ASKS or not read & (self._unread | self._there), f"{func} asks a device"
+        assert func.overloadpacket not in SENDS, f"{func} copies from the host"
         places = {address(t) in self._there for t in tensors((args, kwargs)) if t.ndim}
         assert len(places) < 2, f"{func} mixes devices"
         written = tensors(list(writes(func, args, kwargs)))
@@ -133,7 +137,7 @@ class CpuGraphs:
         counts = [value for held in states for name, value in held.items() if name.endswith("step")]
         rates = [group["lr"] for group in groups if isinstance(group["lr"], Tensor)]
         recording = Recording(host, {address(tensor) for tensor in (*counts, *rates)} - host)
-        with recording:
+        with recording, mock.patch("lowmem.optim.core.schedule.capturing", return_value=True):
             step()
         recording.undo()
         self.recordings.append(recording)

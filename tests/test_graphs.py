@@ -197,10 +197,42 @@ def test_capturable_steps_are_those_of_the_ordinary_optimizer(name: str) -> None
 
 def test_a_graph_that_froze_a_count_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GraphedStep, "_check", lambda self: None)
+    monkeypatch.setattr("lowmem.optim.core.lifecycle.check_capture", lambda optimizer: None)
     monkeypatch.setattr(recorder, "ASKS", ())
     runs = pair(optim.GaLore, capturable=False)
     with pytest.raises(AssertionError):
         both(runs, GAP)
+
+
+@pytest.mark.parametrize(
+    ("operation", "complaint"),
+    [
+        (lambda x: x.sum().item(), "asks a device"),
+        (lambda x: bool(x.any()), "asks a device"),
+        (lambda x: x.nonzero(), "asks a device"),
+        (lambda x: x + torch.ones(3), "mixes devices"),
+        (lambda x: x * torch.tensor(2.0, device=x.device), "copies from the host"),
+    ],
+    ids=["item", "if", "nonzero", "two devices", "copy"],
+)
+def test_what_no_graph_captures_is_seen(operation: Callable[[Tensor], Any], complaint: str) -> None:
+    tensor = on_device(torch.ones(3))
+    with pytest.raises(AssertionError, match=complaint), Pretend(), recorder.Recording(set(), set()):
+        operation(tensor)
+
+
+def test_a_recording_has_no_effect_and_its_replays_read_and_write_the_same_memory() -> None:
+    one, other = on_device(torch.ones(3)), on_device(torch.zeros(3))
+    recording = recorder.Recording(set(), set())
+    with recording:
+        other[1:].add_(one[1:] * 2)
+        one.mul_(3)
+    recording.undo()
+    assert (one.tolist(), other.tolist()) == ([1, 1, 1], [0, 0, 0])
+    one.fill_(2)
+    recording.replay()
+    recording.replay()
+    assert (one.tolist(), other.tolist()) == ([18, 18, 18], [0, 16, 16])
 
 
 # ------------------------------------------------------------------------------------ what is replayed, and when

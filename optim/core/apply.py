@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -20,32 +21,33 @@ def count_step(b: Bucket) -> list[Count]:
     return counts.advance(b.states, b.hyper)
 
 
-def run_rule(b: Bucket, stored: Work, keys: Sequence[tuple[Count, ...]]) -> None:
+EXACT = ("float32", "float64")
+"""Values of `state_dtype` that are at least as wide as the working dtype: nothing of them is rounded."""
+
+
+def run_rule(b: Bucket, stored: Work, keys: Sequence[tuple[Any, ...]]) -> None:
     """Run the rule on states in their storage dtype: load them, let the rule work, store them.
 
     Args:
         b: The bucket, for its rule and hyper-parameters.
         stored: The work, with states as they are stored.
-        keys: What distinguishes each tensor in this step: the seed of the stochastic rounding of second moments.
+        keys: What distinguishes each tensor in this step: the seed of the stochastic rounding of second moments,
+            numbers where there is some.
     """
     place = b.place  # pieces of one moment round apart, replicas alike
-    seeds = [_seed(b, key, place) for key in keys]
+    drawn = b.hyper.state_dtype not in EXACT and not b.hyper.capturable
+    seeds = [random.mix(b.hyper.seed, *key, *place) if drawn else 0 for key in keys]
     if b.rule.coded_direction(stored, b.hyper, seeds):
         return
     names, storage = b.rule.buffers(tuple(stored.grads[0].shape), b.hyper), b.hyper.state_dtype
     loaded = [{name: codec.load(held, name, storage, b.dtype) for name in names} for held in stored.states]
     b.rule.direction(replace(stored, states=loaded), b.hyper)
     for held, values, key, seed in zip(stored.states, loaded, keys, seeds, strict=True):
-        common = _seed(b, key, [])
+        common = random.mix(b.hyper.seed, *key) if drawn else 0
         for name, value in values.items():
             own = common if name.endswith(("_row", "_col")) else seed  # pieces in one row, or column, share statistics
             if value is not held[name]:
                 codec.store(held, name, value, storage, own if b.dithers(name) else None)
-
-
-def _seed(b: Bucket, key: Sequence[Count], place: Sequence[int]) -> int:
-    """Of a step that may be captured none: what it would round at random is refused."""
-    return 0 if b.hyper.capturable else random.mix(b.hyper.seed, *map(int, (*key, *place)))
 
 
 def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:

@@ -56,8 +56,13 @@ class Schedule:
     @property
     def due(self) -> bool:
         """Whether the next step is another one: it searches bases, makes state or opens a window."""
+        return self.searches or any(group[blocks.WAIT] <= 0 for group in self.turns)
+
+    @property
+    def searches(self) -> bool:
+        """The same but for windows, which are opened before a step begins."""
         soon = (_least(wait) < first for wait, first in zip(self.waits, self.first, strict=True))
-        return not self.ready or any(soon) or any(group[blocks.WAIT] <= 0 for group in self.turns)
+        return not self.ready or any(soon)
 
     def count(self) -> None:
         """Count a step that was replayed."""
@@ -92,7 +97,7 @@ def check_capture(optimizer: Lifecycle) -> None:
             f"step() of a {name} is captured in a CUDA graph, which would freeze its step counts: construct it with "
             "capturable=True"
         )
-    if Schedule.of(optimizer).due:
+    if Schedule.of(optimizer).searches:
         raise RuntimeError(
             f"step() of a {name} is captured in a CUDA graph at a step that makes state or refreshes a basis: step by "
             "GraphedStep(optimizer), which runs such steps as they are, or call optimizer.step() before"
