@@ -468,13 +468,13 @@ def test_a_rotated_second_moment_stays_nonnegative_and_factors_follow_it(
     change = Turn(turn, left)
     dense = change.second(torch.outer(row, col) / row.mean())
     assert (dense >= 0).all()
-    rows, cols = carry_factored(row, col, change)
+    (rows,), (cols,) = carry_factored([row], [col], [change])
     torch.testing.assert_close(rows, dense.mean(1), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(cols, dense.mean(0), rtol=1e-9, atol=1e-12)
 
 
 def test_a_rotated_factored_zero_stays_zero() -> None:
-    for factor in carry_factored(torch.zeros(4), torch.zeros(3), Turn(torch.eye(3))):
+    for (factor,) in carry_factored([torch.zeros(4)], [torch.zeros(3)], [Turn(torch.eye(3))]):
         assert torch.equal(factor, torch.zeros_like(factor))
 
 

@@ -232,6 +232,7 @@ def test_the_matrices_of_a_bucket_share_their_collectives(name: str, dim: int) -
 
 REFRESHED: dict[str, Build] = {
     **{name: OPTIMIZERS[name] for name in ("galore", "galore-track", "galore-reverse", "fira", "apollo", "online")},
+    "adafactor inside": lambda p: GaLore(p, rank=RANK, update_proj_gap=GAP, rule="adafactor"),
     "int8": lambda p: GaLore(p, rank=RANK, update_proj_gap=GAP, basis_dtype="int8"),
     "both sides": lambda p: GaLore(p, rank=RANK, update_proj_gap=GAP, proj_type="full"),
     "lazy": lambda p: GaLore(p, rank=RANK, update_proj_gap=GAP, lazy=0.9),

@@ -24,7 +24,7 @@ from . import compact, linalg
 from .change import Change, Turn
 from .layout import ALONE, Layout
 from .spec import Spec
-from .together import summed
+from .together import stacked, summed
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class Dense(Basis):
             if name in held[0]:
                 scales = [state[name + compact.SCALE] for state in held]
                 lies = layout if name == "basis" else layout.flipped
-                compact.write([state[name] for state in held], scales, linalg.stacked(parts), lies)
+                compact.write([state[name] for state in held], scales, stacked(parts), lies)
 
     def arbitrary(self, view: MatrixView, seed: int, device: torch.device) -> Bases:
         """Random orthonormal columns."""

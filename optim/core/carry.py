@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 
 from ...kernels import random
@@ -12,8 +14,8 @@ from .layout import ALONE, Layout
 from .state import AGE
 
 
-def carry_moments(b: Bucket, index: int, change: Change) -> None:
-    """Take the moments of one matrix along to its new basis, as the group's `carry` says.
+def carry_moments(b: Bucket, changes: Mapping[int, Change]) -> None:
+    """Take the moments of some matrices along to their new bases, as the group's `carry` says.
 
     keep     M and V keep their numbers, which then refer to other directions
     reset    M = 0, V = 0, and bias correction starts again
@@ -21,30 +23,47 @@ def carry_moments(b: Bucket, index: int, change: Change) -> None:
              M <- M C^T,  V <- V (C o C)^T  (coordinates taken as uncorrelated)
              coordinates of an index basis that stay keep their numbers and their age, new ones start at zero
     """
-    held, stored = b.states[index], b.hyper.state_dtype
     names = list(b.rule.buffers(b.view.low_shape, b.hyper))
     if b.hyper.carry == "reset":
-        for name in [*names, "step"]:
-            codec.zero_(held, name)
+        for index in changes:
+            for name in [*names, "step"]:
+                codec.zero_(b.states[index], name)
     if b.hyper.carry != "rotate":
         return
-    moments = {name: codec.load(held, name, stored, b.dtype) for name in names}
-    carried = {name: change.first(moments[name]) for name in b.rule.linear if name in moments}
-    if "exp_avg_sq" in moments:
-        carried["exp_avg_sq"] = change.second(moments["exp_avg_sq"])
-    if "exp_avg_sq_row" in moments:
-        lies = sides.low(b.layout, b.whole)
-        row, col = carry_factored(moments["exp_avg_sq_row"], moments["exp_avg_sq_col"], change, lies)
-        carried |= {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
-    for name, value in carried.items():
-        seed = random.mix(b.hyper.seed, b.positions[index], int(held["refreshes"]), 2)
-        codec.store(held, name, value, stored, seed if b.dithers(name) else None)
-    if AGE in held:
-        held[AGE].copy_(change.cols(held[AGE]))
+    for index, change in changes.items():
+        for name in names:
+            if name in b.rule.linear:
+                _store(b, index, name, change.first(_load(b, index, name)))
+            elif name == "exp_avg_sq":
+                _store(b, index, name, change.second(_load(b, index, name)))
+        held = b.states[index]
+        if AGE in held:
+            held[AGE].copy_(change.cols(held[AGE]))
+    if "exp_avg_sq_row" in names:
+        rows, cols = ([_load(b, index, name) for index in changes] for name in ("exp_avg_sq_row", "exp_avg_sq_col"))
+        carried = carry_factored(rows, cols, list(changes.values()), sides.low(b.layout, b.whole))
+        for index, row, col in zip(changes, *carried, strict=True):
+            _store(b, index, "exp_avg_sq_row", row)
+            _store(b, index, "exp_avg_sq_col", col)
 
 
-def carry_factored(row: Tensor, col: Tensor, change: Change, layout: Layout = ALONE) -> tuple[Tensor, Tensor]:
-    """Row and column means of the carried `V = R C^T / mean(R)`, without V; zero stays zero."""
-    total = factored.mean(row, layout).clamp_min(1e-38)
-    rows, cols = change.rows(row), change.cols(col)
-    return rows * (cols.mean() / total), cols * (factored.mean(rows, layout) / total)
+def _load(b: Bucket, index: int, name: str) -> Tensor:
+    return codec.load(b.states[index], name, b.hyper.state_dtype, b.dtype)
+
+
+def _store(b: Bucket, index: int, name: str, value: Tensor) -> None:
+    held = b.states[index]
+    seed = random.mix(b.hyper.seed, b.positions[index], int(held["refreshes"]), 2)
+    codec.store(held, name, value, b.hyper.state_dtype, seed if b.dithers(name) else None)
+
+
+def carry_factored(
+    rows: Sequence[Tensor], cols: Sequence[Tensor], changes: Sequence[Change], layout: Layout = ALONE
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Row and column means of the carried `V = R C^T / mean(R)` of some matrices, without V; zero stays zero."""
+    totals = [total.clamp_min(1e-38) for total in factored.means(rows, layout)]
+    rows = [change.rows(row) for change, row in zip(changes, rows, strict=True)]
+    cols = [change.cols(col) for change, col in zip(changes, cols, strict=True)]
+    averages = factored.means(rows, layout)
+    scaled = [row * (col.mean() / total) for row, col, total in zip(rows, cols, totals, strict=True)]
+    return scaled, [col * (average / total) for col, average, total in zip(cols, averages, totals, strict=True)]

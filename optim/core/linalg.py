@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...kernels import random
 from .layout import ALONE, Layout
-from .together import Sum, summed
+from .together import Sum, stacked, summed
 
 NOISE = 200
 """Roundings by which columns are perturbed where they are orthonormalised without pivots."""
@@ -167,11 +167,6 @@ def ritz(
     grams = stacked(summed(layout.sum_rows, [image.T @ image for image in images]))  # (k, l, l)
     turned = list(zip(columns, images, eigenvectors(grams)[..., :rank], strict=True))
     return [q @ turn for q, _, turn in turned], [image @ turn for _, image, turn in turned]
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as one, without a copy where there is one of them."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def eigenvectors(gram: Tensor) -> Tensor:

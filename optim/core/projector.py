@@ -19,7 +19,7 @@ from .descend import DESCENDING
 from .flat import SINGLE
 from .layout import Layout
 from .seeded import SeededBasis
-from .together import summed
+from .together import stacked, summed
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _ranges(requests: Sequence[Request], width: int, mine: range) -> Tensor:
         kept, matrix = request.layout.kept(request.view), request.matrix
         omega = random.normal(request.seed, kept, width, matrix.device).to(request.scale.dtype)
         mixed.append(linalg.product(matrix.T, omega / request.scale))
-    return linalg.orthonormal(linalg.stacked(summed(layout.sum_rows, mixed)), layout, mine.start)
+    return linalg.orthonormal(stacked(summed(layout.sum_rows, mixed)), layout, mine.start)
 
 
 def _warm(request: Request, old: Tensor, width: int, mine: range) -> Tensor:
@@ -228,7 +228,7 @@ def _bases(requests: Sequence[Request], bases: Sequence[Tensor], images: Sequenc
     if not view.full:
         return [Bases(basis, image=image) for basis, image in zip(bases, images, strict=True)]
     scaled = [image / request.scale for image, request in zip(images, requests, strict=True)]
-    left = linalg.orthonormal(linalg.stacked(scaled), layout.flipped, layout.kept(view).start)
+    left = linalg.orthonormal(stacked(scaled), layout.flipped, layout.kept(view).start)
     return [Bases(*both) for both in zip(bases, left, strict=True)]
 
 

@@ -18,7 +18,7 @@ from .change import Change
 from .descend import descend_
 from .projector import Request, official_svd, own_piece
 from .state import INTERVAL
-from .together import summed
+from .together import stacked, summed
 
 LAZIEST = 16
 """Largest multiple of `update_proj_gap` to which a lazy interval grows."""
@@ -162,12 +162,12 @@ def _track(b: Bucket, batch: list[int], low: Tensor) -> None:
             b.states[batch[place]]["skipped_refreshes"] += 1
     if not moving:
         return
-    scaled = linalg.stacked([adjoints[place] / tops[place] for place in moving])
+    scaled = stacked([adjoints[place] / tops[place] for place in moving])
     bases = linalg.orthonormal(scaled, layout, layout.projected(b.view).start)
     found = [Bases(basis) for basis in bases]
     if b.view.full:
         lows = _images(b, [matrices[place] for place in moving], bases)
-        scaled = linalg.stacked([image / scales[place] for place, image in zip(moving, lows, strict=True)])
+        scaled = stacked([image / scales[place] for place, image in zip(moving, lows, strict=True)])
         left = linalg.orthonormal(scaled, layout.flipped, layout.kept(b.view).start)
         found = [Bases(*both) for both in zip(bases, left, strict=True)]
     _adopt(b, [batch[place] for place in moving], found)
@@ -194,11 +194,10 @@ def _adopt(b: Bucket, batch: list[int], found: list[Bases]) -> None:
     states = [b.states[index] for index in batch]
     later = [place for place, held in enumerate(states) if held["refreshes"] > 0]
     before = b.basis.changes([states[place] for place in later], [found[place] for place in later], b.layout)
-    changes = dict(zip(later, before, strict=True))
-    for place, held in enumerate(states):
-        if place in changes:
-            carry_moments(b, batch[place], changes[place])
-        _schedule(b, held, b.offsets[batch[place]], changes.get(place))
+    changes = {batch[place]: change for place, change in zip(later, before, strict=True)}
+    carry_moments(b, changes)
+    for index, held in zip(batch, states, strict=True):
+        _schedule(b, held, b.offsets[index], changes.get(index))
     b.basis.store(states, found, b.layout)
     for held in states:
         held["refreshes"] += 1

@@ -33,7 +33,7 @@ def summed(add: Sum, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def stacked(matrices: Sequence[Tensor]) -> Tensor:
-    """Matrices (a, r) as one buffer (k, a, r); one by itself is not copied."""
+    """Matrices of one shape as one (k, ...); one by itself is not copied."""
     return torch.stack(list(matrices)) if len(matrices) > 1 else matrices[0][None]
 
 
