@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -13,19 +13,11 @@ from torch.optim import Optimizer
 
 from .core.layout import Layout
 from .core.optimizer import SubspaceOptimizer
-from .core.rules import RULES
+from .core.partitions import check_class, check_rows, check_stage, partition
 from .core.sharding import local
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-ALIGNMENT = 2
-"""DeepSpeed pads a flat group to a multiple of so many elements a rank."""
-
-INSTEAD = (
-    "leave it plain, param_groups(model, exclude=[...]), or shard with torch.distributed.fsdp.fully_shard(model), "
-    "which takes any shape"
-)
 
 Group = dict[str, Any]
 
@@ -52,8 +44,8 @@ class ZeroOptimizer(Optimizer):
 
     Raises:
         ValueError: The rows of a projected matrix cannot be dealt out evenly, or the class does not step parameters one
-            by one, or not entry by entry where they are plain.
-        RuntimeError: A step without DeepSpeed, or with stage 3.
+            by one, or not entry by entry where they are plain, as with moments in 8 bits.
+        RuntimeError: A step without DeepSpeed, or with stage 3, which is found out in the first one.
 
     A checkpoint of the engine holds the state of every rank and is for as many ranks. Random numbers are those of the
     groups in this order.
@@ -69,7 +61,10 @@ class ZeroOptimizer(Optimizer):
     ) -> None:
         self._build, self._group, self._options = build, group, options
         whole = build(params, **options)
-        _check(whole)
+        given = [param for group in whole.param_groups for param in group["params"]]
+        check_stage(given)
+        check_class(whole)
+        self._given = [ref(param) for param in given]
         self._shapes: list[torch.Size | None] = []
         self._inner: SubspaceOptimizer | None = None
         split = list(self._split(whole))
@@ -90,7 +85,7 @@ class ZeroOptimizer(Optimizer):
                 if plain:
                     yield self._noted(None, {"params": plain, **_without_rank(settings)})
                     plain = []
-                _check_rows(param, world)
+                check_rows(param, world)
                 yield self._noted(param.shape, {"params": [param], **settings})
             if plain:
                 yield self._noted(None, {"params": plain, **_without_rank(settings)})
@@ -126,10 +121,11 @@ class ZeroOptimizer(Optimizer):
     def _whole(self) -> SubspaceOptimizer:
         """The optimizer of all partitions, once DeepSpeed has made them."""
         if self._inner is None:
+            check_stage(param for given in self._given if (param := given()) is not None)
             world = dist.get_world_size(self._group) if dist.is_initialized() else 1
             groups = []
             for index, (group, shape) in enumerate(zip(self._groups, self._shapes, strict=True)):
-                flat = _partition(group["params"], shape, world)
+                flat = partition(group["params"], shape, world)
                 param = flat if shape is None else self._matrix(flat, shape)
                 self._parts[index] = flat, param
                 groups.append({**group, "params": [param]})
@@ -204,40 +200,8 @@ class ZeroOptimizer(Optimizer):
         return self._whole().summary()
 
 
-def _check(whole: SubspaceOptimizer) -> None:
-    name = type(whole).__name__
-    if not isinstance(whole, SubspaceOptimizer):
-        raise ValueError(f"got {name}, whose plain parameters have statistics of rows and columns: pass GaLore or Fira")
-    if reason := whole.needs_all_gradients():
-        raise ValueError(f"DeepSpeed steps groups one by one, which {name} cannot: {reason}")
-    for group in whole.param_groups:
-        if not RULES[group["rule"]].elementwise:
-            raise ValueError(f"rule={group['rule']!r} needs the shape of plain parameters: pass rule='adamw'")
-
-
 def _without_rank(settings: Group) -> Group:
     return {**settings, "rank": None} | ({"density": None} if "density" in settings else {})
-
-
-def _check_rows(param: Tensor, world: int) -> None:
-    if param.shape[0] % world or param.numel() % (ALIGNMENT * world):
-        raise ValueError(
-            f"got a projected {tuple(param.shape)} parameter, of which ZeRO gives each of {world} ranks a piece that "
-            f"has no whole rows ({world} must divide the first dimension, {ALIGNMENT * world} the number of elements): "
-            f"{INSTEAD}"
-        )
-
-
-def _partition(params: list[Tensor], shape: torch.Size | None, world: int) -> Tensor:
-    """The partition of a group."""
-    if len(params) != 1 or params[0].ndim != 1 or (shape is not None and params[0].numel() * world != math.prod(shape)):
-        found = [tuple(param.shape) for param in params[:4]]
-        raise RuntimeError(
-            f"a group holds parameters of shapes {found}, need one flat partition: ZeroOptimizer is for "
-            "deepspeed.initialize(model=model, optimizer=optimizer, config=...) with ZeRO stage 1 or 2; without "
-            "DeepSpeed, or for stage 3, take the class itself and torch.distributed.fsdp.fully_shard(model)"
-        )
-    return params[0]
 
 
 def _rows(grad: Tensor, like: Any) -> Tensor:

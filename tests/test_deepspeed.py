@@ -206,6 +206,68 @@ def test_without_deepspeed_it_says_what_to_take() -> None:
         optimizer.step()
 
 
+def cut(param: nn.Parameter) -> nn.Parameter:
+    """What stage 3 leaves of a parameter: no data, its shape and number in attributes."""
+    param.ds_id, param.ds_shape = 0, param.shape
+    param.data = torch.empty(0)
+    return param
+
+
+@pytest.mark.parametrize("build", [GaLore, AdamW8bit])
+def test_stage_3_is_refused_in_the_first_step(build: Any) -> None:
+    """DeepSpeed has cut the parameters in the meantime, and hands over groups that are empty but for one."""
+
+    def body() -> None:
+        params = {"tall": parameters()["tall"]}
+        groups = [{"params": [params["tall"]], "rank": 3}] if build is GaLore else [{"params": [params["tall"]]}]
+        zero = FlatZero(ZeroOptimizer(build, groups))
+        grads = {id(cut(params["tall"])): gradients(0)["tall"]}
+        with pytest.raises(
+            RuntimeError, match=r'stage 3 .*: set {"zero_optimization": {"stage": 2}}, or .*fully_shard'
+        ):
+            zero.step(grads)
+
+    in_world(2, body)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "match"),
+    [
+        (GaLore, {"rank": 3}, r"a group with rank=3 has a \(12, 6\) parameter .*take ZeRO stage 1 or 2"),
+        (Flora, {"rank": 3}, r"a group with rank=3 has a \(12, 6\) parameter"),
+        (AdamW8bit, {}, r"a group with state_dtype='8bit' has a \(12, 6\) parameter"),
+        (Adafactor, {}, r"a group with factored second moments .*without rows: shard with .*fully_shard"),
+    ],
+)
+def test_parameters_of_stage_3_are_refused_where_rows_count(build: Any, options: dict[str, Any], match: str) -> None:
+    """As models are that are built within `deepspeed.zero.Init`."""
+    with pytest.raises(ValueError, match=match):
+        build([{"params": [cut(parameters()["tall"])], **options}])
+    if build is GaLore:
+        with pytest.raises(ValueError, match=match):
+            ZeroOptimizer(build, [{"params": [cut(parameters()["tall"])], **options}])
+    AdamW8bit([cut(parameters()["tall"])], state_dtype="float32")  # entry by entry
+
+
+def test_what_codes_or_factors_rows_is_not_handed_flat_partitions() -> None:
+    """Moments would be in fp32 and second moments whole, unasked."""
+
+    def body() -> None:
+        for build, match in (
+            (AdamW8bit, "state_dtype='8bit' has only vectors"),
+            (Adafactor, "factored second moments"),
+        ):
+            params = parameters()
+            zero = FlatZero(build([params["tall"]]))
+            with pytest.raises(ValueError, match=match + r".*\(36,\).*fully_shard"):
+                zero.step({id(params["tall"]): gradients(0)["tall"]})
+        with pytest.raises(ValueError, match=r"codes rows, which a plain \(64, 256\) parameter loses.*'bfloat16'"):
+            ZeroOptimizer(AdamW8bit, [nn.Parameter(torch.zeros(64, 256))])
+        ZeroOptimizer(AdamW8bit, [nn.Parameter(torch.zeros(64, 256))], state_dtype="bfloat16")
+
+    in_world(2, body)
+
+
 @pytest.mark.parametrize("rank", ["of the group", "of all"])
 def test_a_class_that_is_handed_flat_partitions_says_so(rank: str) -> None:
     """Otherwise a matrix would be stepped as a vector, and the state of hidden groups be dropped."""
@@ -217,7 +279,7 @@ def test_a_class_that_is_handed_flat_partitions_says_so(rank: str) -> None:
         zero = FlatZero(GaLore([matrices, {"params": [params["bias"]]}], rank=3))
         with pytest.raises(ValueError, match=r"only vectors, the largest of shape \(116,\).*ZeroOptimizer"):
             advance(params, zero, range(1))
-        plain = FlatZero(AdamW8bit([{"params": [params["tall"]]}, {"params": [params["bias"]]}]))
+        plain = FlatZero(AdamW8bit([{"params": [params["tall"]]}, {"params": [params["bias"]]}], state_dtype="float32"))
         with pytest.raises(ValueError, match=r"replaced by a list of 1 of its 2 groups.*ZeroOptimizer"):
             advance(params, plain, range(1))
 
@@ -250,7 +312,7 @@ def engine_steps(engine: Any, rank: int, world: int, steps: range) -> None:
         engine.step()
 
 
-def one_rank(rank: int, world: int, port: int, stage: int, out: str) -> None:
+def engine_of(net: nn.Module, optimizer: Any, rank: int, world: int, port: int, stage: int) -> Any:
     environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}
     environ |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": 0}
     os.environ.update({name: str(value) for name, value in environ.items()})
@@ -258,11 +320,25 @@ def one_rank(rank: int, world: int, port: int, stage: int, out: str) -> None:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
-    net = model()
-    optimizer = ZeroOptimizer(GaLore, layers(net), lr=1e-2, update_proj_gap=4)
     config = {"train_micro_batch_size_per_gpu": 4 // world, "zero_optimization": {"stage": stage}}
     config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
-    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+    return deepspeed.initialize(model=net, optimizer=optimizer(net), config=config)[0]
+
+
+def wrapper(net: Any) -> ZeroOptimizer:
+    return ZeroOptimizer(GaLore, layers(net), lr=1e-2, update_proj_gap=4)
+
+
+def third_stage(rank: int, world: int, port: int, wraps: bool) -> None:
+    net = model()
+    engine = engine_of(net, wrapper if wraps else lambda net: GaLore(layers(net)), rank, world, port, 3)
+    with pytest.raises((RuntimeError, ValueError), match=r"stage 3 .*\"stage\": 2" if wraps else "ZeRO stage 1 or 2"):
+        engine_steps(engine, rank, world, range(1))
+
+
+def one_rank(rank: int, world: int, port: int, stage: int, out: str) -> None:
+    net = model()
+    engine = engine_of(net, wrapper, rank, world, port, stage)
     engine_steps(engine, rank, world, range(STEPS))
     weights = [param.detach().clone() for param in net.parameters()]
     engine.save_checkpoint(f"{out}/checkpoint")
@@ -276,13 +352,21 @@ def one_rank(rank: int, world: int, port: int, stage: int, out: str) -> None:
     dist.barrier()
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_deepspeed_trains_as_one_process_and_resumes_to_the_bit(stage: int, tmp_path: Path) -> None:
+def free_port() -> int:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(one_rank, (2, port, stage, str(tmp_path)), nprocs=2)
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_deepspeed_stage_3_is_refused(wraps: bool) -> None:
+    mp.spawn(third_stage, (2, free_port(), wraps), nprocs=2)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_trains_as_one_process_and_resumes_to_the_bit(stage: int, tmp_path: Path) -> None:
+    mp.spawn(one_rank, (2, free_port(), stage, str(tmp_path)), nprocs=2)
     net = model()
     optimizer = GaLore(layers(net), lr=1e-2, update_proj_gap=4)
     for step in range(STEPS):

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+from ...kernels.blockwise import FORMATS
+
 Group = Mapping[str, Any]
 
+SHARD = "shard with torch.distributed.fsdp.fully_shard(model), which keeps matrices"
 REMEDY = (
-    "for ZeRO stage 1 or 2 of DeepSpeed pass lowmem.optim.deepspeed.ZeroOptimizer(GaLore, param_groups(model, rank=128)"
-    ", ...) to deepspeed.initialize; or shard with torch.distributed.fsdp.fully_shard(model)"
+    "with DeepSpeed take ZeRO stage 1 or 2 and pass lowmem.optim.deepspeed.ZeroOptimizer(GaLore, "
+    f"param_groups(model, rank=128), ...) to deepspeed.initialize; or {SHARD}"
 )
+STAGE = f"""set {{"zero_optimization": {{"stage": 2}}}}, or {SHARD}"""
 
 
 class Witness:
@@ -32,9 +38,10 @@ class Witness:
             explicit: The group named a rank or a density itself.
 
         Raises:
-            ValueError: It did, and has nothing but vectors.
+            ValueError: It did, and has nothing but vectors; or ZeRO stage 3 of DeepSpeed has its matrices in pieces.
         """
         group = groups[-1]
+        _check_partitioned(group)
         if explicit:
             _check_vectors(group)
         self._groups = groups
@@ -45,8 +52,8 @@ class Witness:
         """Tell whether groups are what they were.
 
         Raises:
-            ValueError: Matrices of a group with a rank have become vectors, or groups are hidden from the optimizer,
-                which would drop the state of their parameters.
+            ValueError: Matrices of a group with an option for matrices have become vectors, or groups are hidden from
+                the optimizer, which would drop the state of their parameters.
         """
         for group in groups:
             if id(group) in self._wide:
@@ -58,12 +65,40 @@ class Witness:
             )
 
 
+def is_partitioned(param: Tensor) -> bool:
+    """Whether ZeRO stage 3 of DeepSpeed has it in pieces; told as DeepSpeed itself does."""
+    return hasattr(param, "ds_id")
+
+
+def _check_partitioned(group: Group) -> None:
+    shapes = [tuple(getattr(param, "ds_shape", ())) for param in group["params"] if is_partitioned(param)]
+    wide = [shape for shape in shapes if len(shape) > 1]
+    if wide and (found := _for_matrices(group)):
+        raise ValueError(
+            f"a group with {found[0]} has a {wide[0]} parameter that ZeRO stage 3 of DeepSpeed has cut into pieces "
+            f"without rows: {found[2]}"
+        )
+
+
 def _check_vectors(group: Group) -> None:
-    size = next((f"{n}={group[n]}" for n in ("rank", "density") if group.get(n) is not None), None)
-    if size is None or not group["params"] or any(param.ndim > 1 for param in group["params"]):
+    found = _for_matrices(group)
+    if found is None or not group["params"] or any(param.ndim > 1 for param in group["params"]):
         return
+    what, advice, remedy = found
     largest = max(group["params"], key=lambda param: param.numel())
     raise ValueError(
-        f"a group with {size} has only vectors, the largest of shape {tuple(largest.shape)}, and no matrix to project: "
-        f"leave {size.partition('=')[0]} out for biases and norms; where a framework has flattened matrices, {REMEDY}"
+        f"a group with {what} has only vectors, the largest of shape {tuple(largest.shape)}, and no matrix: "
+        f"{advice}where a framework has flattened matrices, {remedy}"
     )
+
+
+def _for_matrices(group: Group) -> tuple[str, str, str] | None:
+    """An option that is for matrices, what to do about it with vectors, and where matrices were flattened."""
+    for name in ("rank", "density"):
+        if group.get(name) is not None:
+            return f"{name}={group[name]}", f"leave {name} out for biases and norms; ", REMEDY
+    if group.get("rule", "adafactor") == "adafactor":  # Adafactor and Flora name no rule
+        return "factored second moments", "", SHARD
+    if group.get("state_dtype") in FORMATS:
+        return f"state_dtype={group['state_dtype']!r}", "pass state_dtype='bfloat16'; ", REMEDY
+    return None
