@@ -33,10 +33,12 @@ def contenders() -> dict[str, Build]:
     def rate(groups: Groups) -> Tensor:
         return torch.tensor(LR, device=groups[0]["params"][0].device)
 
+    coded: dict[str, Any] = {"state_dtype": "8bit", "rounding": "stochastic"}
     shared: dict[str, Any] = {"capturable": True, "update_proj_gap": GAP}
     return {
         "GaLore": lambda groups: optim.GaLore(groups, lr=rate(groups), **shared),
         "GaLore compensated": lambda groups: optim.GaLore(groups, lr=rate(groups), rounding="compensated", **shared),
+        "GaLore 8bit": lambda groups: optim.GaLore(groups, lr=rate(groups), **coded, **shared),
         "Fira": lambda groups: optim.Fira(groups, lr=rate(groups), **shared),
         "Frugal": lambda groups: optim.Frugal(_by_density(groups), lr=rate(groups), **shared),
         "OnlineSubspaceDescent": lambda groups: optim.OnlineSubspaceDescent(groups, lr=rate(groups), capturable=True),

@@ -88,7 +88,7 @@ def quantise_(
     form: Format,
     *,
     signed: bool,
-    seed: int = 0,
+    seed: random.Seed = 0,
     first: tuple[int, int] = (0, 0),
 ) -> None:
     """Code a matrix.
@@ -108,7 +108,7 @@ def quantise_(
     noise = random.noise(seed, rows, cols, values.device) if rounds else values
     for codes, scale, part, dither in _blocked(form, blocks.codes, blocks.scale, values, noise):
         scale.copy_(part.abs().amax(-1, keepdim=True) if signed else part.amax(-1, keepdim=True))
-        if not scale.isfinite().all():
+        if scale.device.type != "cpu" or not scale.isfinite().all():  # asking a GPU would synchronise
             part = part.where(part.isfinite(), 0.0)
             scale.copy_(part.abs().amax(-1, keepdim=True))
         unit = part / scale.clamp(min=torch.finfo(torch.float32).tiny)

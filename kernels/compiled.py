@@ -167,7 +167,7 @@ def _lines(grad: Tensor, *written: Tensor) -> Iterator[list[Tensor]]:
             whole.copy_(changed.view(whole.shape))
 
 
-def _places(seed: int, rows: slice, cols: slice, first: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
+def _places(seed: random.Seed, rows: slice, cols: slice, first: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
     """Of every line of a piece the key of its row and the number of its first column, int32 (N, 1).
 
     `first` is the row and column of the whole weight where the matrix begins.

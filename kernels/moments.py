@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import reference
 from .blockwise import Blocks, dequantise, quantise_
+from .random import Seed
 from .reference import Blockwise, Count
 from .rounding import Target
 from .tiles import tiles
@@ -79,7 +80,7 @@ def _number(t: Count) -> int:
 def adam_blockwise(
     grads: Sequence[Tensor],
     moments: tuple[Sequence[Blocks], Sequence[Blocks]],
-    counts: Sequence[int],
+    counts: Sequence[Count],
     out: Sequence[Tensor],
     how: Blockwise,
 ) -> None:
@@ -96,7 +97,7 @@ def adamw_blockwise_(
     target: Target,
     grad: Tensor,
     moments: tuple[Blocks, Blocks],
-    t: int,
+    t: Count,
     lr: float | Tensor,
     decay: float | Tensor,
     how: Blockwise,
@@ -121,7 +122,7 @@ def adamw_blockwise_(
 
 
 def _adam_tile(
-    grad: Tensor, moments: tuple[Blocks, Blocks], when: tuple[int, int, tuple[int, int]], how: Blockwise
+    grad: Tensor, moments: tuple[Blocks, Blocks], when: tuple[Count, Seed, tuple[int, int]], how: Blockwise
 ) -> Tensor:
     """One tile: the direction, in a tensor of its own."""
     t, seed, at = when

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -24,11 +25,24 @@ BASES = ("rademacher", "gaussian", "orthonormal")
 """Kinds of random bases that `basis` makes."""
 
 
-def mix(*values: int) -> int:
-    """Hash integers into one 32-bit seed (FNV-like fold of a finaliser)."""
-    state = 0x811C9DC5
+Seed = int | Tensor
+"""32 bits that decide over random ones: a number, or 0-d int64 on the device where they follow from a count there."""
+
+
+@overload
+def mix(*values: int) -> int: ...
+
+
+@overload
+def mix(*values: Seed) -> Seed: ...
+
+
+def mix(*values: Seed) -> Seed:
+    """Hash integers into one 32-bit seed (FNV-like fold of a finaliser); tensors among them stay on their device."""
+    state: Seed = 0x811C9DC5
     for value in values:
-        state = _finalise_int((state ^ (value & _MASK)) * 0x01000193 & _MASK)
+        whole = value.long() if isinstance(value, Tensor) else value
+        state = _finalise_int((state ^ (whole & _MASK)) * 0x01000193 & _MASK)
     return state
 
 
@@ -40,7 +54,7 @@ def bits(seed: int, rows: range, cols: int, device: Device = "cpu") -> Tensor:
     return _finalise((keyed ^ (col * _SPREAD & _MASK)) & _MASK)
 
 
-def noise(seed: int, rows: range, cols: range, device: Device = "cpu") -> Tensor:
+def noise(seed: Seed, rows: range, cols: range, device: Device = "cpu") -> Tensor:
     """Return 16 random bits for some cells, int16 in [-2^15, 2^15), shape (len(rows), len(cols)).
 
     Half words of `bits`, two columns a word, in 32-bit arithmetic that wraps: it rounds numbers in every step.
@@ -50,10 +64,10 @@ def noise(seed: int, rows: range, cols: range, device: Device = "cpu") -> Tensor
     return _finalise32_(keyed ^ (col * _signed(_SPREAD))).view(torch.int16)[:, cols.start % 2 :][:, : len(cols)]
 
 
-def row_keys(seed: int, rows: range, device: Device = "cpu") -> Tensor:
+def row_keys(seed: Seed, rows: range, device: Device = "cpu") -> Tensor:
     """The part of `noise` that a row has in common, int32 (len(rows), 1)."""
     row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int32)[:, None]
-    return _finalise32_((row * _signed(_GOLDEN)).add_(_signed(seed)))
+    return _finalise32_((row * _signed(_GOLDEN)).add_(_word(seed)))
 
 
 def half_words(key: Tensor, col: Tensor) -> Tensor:
@@ -62,7 +76,7 @@ def half_words(key: Tensor, col: Tensor) -> Tensor:
     return ((word >> ((col & 1) << 4)) << 16) >> 16
 
 
-def noise_at(seed: int, row: Tensor, col: Tensor) -> Tensor:
+def noise_at(seed: Seed, row: Tensor, col: Tensor) -> Tensor:
     """The same for single cells, by int64 indices of shapes that broadcast."""
     keyed = _finalise((row * _GOLDEN + seed) & _MASK)
     word = _finalise((keyed ^ ((col >> 1) * _SPREAD & _MASK)) & _MASK)
@@ -213,13 +227,17 @@ def _finalise32_(x: Tensor) -> Tensor:
     return x
 
 
+def _word(seed: Seed) -> Seed:
+    return seed.to(torch.int32) if isinstance(seed, Tensor) else _signed(seed)
+
+
 def _signed(word: int) -> int:
     """The int32 of the same 32 bits."""
     word &= _MASK
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
-def _finalise_int(x: int) -> int:
+def _finalise_int(x: Seed) -> Seed:
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
     x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
     return x ^ (x >> 16)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .blockwise import Blocks, Format, dequantise, quantise_
+from .random import Seed
 from .rounding import Target
 
 Count = int | Tensor
@@ -99,7 +100,7 @@ class Blockwise(NamedTuple):
     """
 
     form: Format
-    seeds: Sequence[int]
+    seeds: Sequence[Seed]
     betas: tuple[float, float]
     eps: float = 0.0
     raw_eps: bool = False
@@ -108,7 +109,7 @@ class Blockwise(NamedTuple):
 def adam_blockwise(
     grads: Sequence[Tensor],
     moments: tuple[Sequence[Blocks], Sequence[Blocks]],
-    counts: Sequence[int],
+    counts: Sequence[Count],
     out: Sequence[Tensor],
     how: Blockwise,
 ) -> None:
@@ -220,7 +221,7 @@ def adamw_blockwise_(
     target: Target,
     grad: Tensor,
     moments: tuple[Blocks, Blocks],
-    t: int,
+    t: Count,
     lr: float | Tensor,
     decay: float | Tensor,
     how: Blockwise,

@@ -44,7 +44,7 @@ class Target:
     weight: Tensor
     mode: str = "nearest"
     correction: Tensor | None = None
-    seed: int = 0
+    seed: random.Seed = 0
     row: int = 0
     col: int = 0
     cells: tuple[Tensor, Tensor] | None = None

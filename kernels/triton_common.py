@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .capture import capturing, constant
+from .random import Seed
 from .rounding import Target
 
 EXACT, NEAREST, STOCHASTIC, COMPENSATED, COMPENSATED8, HALF = range(6)
@@ -116,21 +117,25 @@ def raw(weight: Tensor) -> Tensor:
     return weight.view(torch.int16) if weight.dtype == torch.bfloat16 else weight
 
 
-def pack(device: torch.device, numbers: Sequence[float | Tensor], words: Sequence[int] = ()) -> Tensor:
+def pack(device: torch.device, numbers: Sequence[float | Tensor], words: Sequence[Seed] = ()) -> Tensor:
     """Put numbers and 32-bit words into one int32 tensor on the device, without a synchronisation.
 
-    A number that is a tensor on the device stays there. While a CUDA graph is captured the others are constants of it.
+    What is a tensor on the device stays there. While a CUDA graph is captured the others are constants of it.
     """
     known = torch.tensor([0.0 if isinstance(x, Tensor) else x for x in numbers], dtype=torch.float32).view(torch.int32)
-    packed = torch.cat([known, torch.tensor([signed(word) for word in words], dtype=torch.int32)])
+    whole = [0 if isinstance(word, Tensor) else signed(word) for word in words]
+    packed = torch.cat([known, torch.tensor(whole, dtype=torch.int32)])
+    there = {index: x for index, x in enumerate((*numbers, *words)) if isinstance(x, Tensor)}
     if device.type == "cuda" and capturing():
         packed = constant(tuple(packed.tolist()), device)
-        packed = packed.clone() if any(isinstance(x, Tensor) for x in numbers) else packed
+        packed = packed.clone() if there else packed
     elif device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    for index, value in enumerate(numbers):
-        if isinstance(value, Tensor):
+    for index, value in there.items():
+        if index < len(numbers):
             packed[index] = value.detach().to(device, torch.float32).view(torch.int32)
+        else:
+            packed[index] = value.to(device, torch.int32)
     return packed
 
 

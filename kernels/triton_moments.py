@@ -139,7 +139,7 @@ def lion(grad: Tensor, moment: Tensor, out: Tensor, betas: tuple[float, float]) 
 def adam_blockwise(
     grads: Sequence[Tensor],
     moments: tuple[Sequence[Blocks], Sequence[Blocks]],
-    counts: Sequence[int],
+    counts: Sequence[Count],
     out: Sequence[Tensor],
     how: Blockwise,
 ) -> None:
@@ -153,7 +153,7 @@ def adamw_blockwise_(
     target: Target,
     grad: Tensor,
     moments: tuple[Blocks, Blocks],
-    t: int,
+    t: Count,
     lr: float | Tensor,
     decay: float | Tensor,
     how: Blockwise,

@@ -33,6 +33,7 @@ class AdamW8bit(SubspaceOptimizer):
         seed: Seed of stochastic rounding.
         maximize: Ascend instead of descend.
         backend: "auto", or the only kernel backend to use.
+        capturable: Keep step counts on the device, see `GraphedStep`.
 
     Raises:
         ValueError: An option is out of range.
@@ -51,11 +52,11 @@ class AdamW8bit(SubspaceOptimizer):
         seed: int = 0,
         maximize: bool = False,
         backend: str = "auto",
+        capturable: bool = False,
     ) -> None:
         numerics: dict[str, Any] = {"state_dtype": state_dtype, "rounding": rounding, "seed": seed}
-        super().__init__(
-            params, lr, betas, eps, weight_decay, rank=None, maximize=maximize, backend=backend, **numerics
-        )
+        numerics |= {"backend": backend, "capturable": capturable}
+        super().__init__(params, lr, betas, eps, weight_decay, rank=None, maximize=maximize, **numerics)
 
     def _validate(self, group: dict[str, Any]) -> None:
         super()._validate(group)

@@ -71,7 +71,7 @@ class GaLore(SubspaceOptimizer):
         foreach: Form of torch's AdamW in plain groups; as in torch.optim.AdamW.
         fused: Form of torch's AdamW in plain groups; by default fused where the device has it.
         capturable: Keep step counts on the device, for steps that a CUDA graph captures; see `GraphedStep`. Not with
-            random rounding, moments in few bits, `rule="adafactor"`, `weight_norm`, `compat` or sharded parameters.
+            `rule="adafactor"`, `projector="dct"`, `weight_norm`, `compat` or sharded parameters.
         replicas: Process group of DistributedDataParallel: every basis is found on one replica, in turns, and sent to
             the others; without it each replica finds all of them by itself. Not saved.
         compat: None (the default) is torch's AdamW inside; "official" follows the authors' code: eps before bias

@@ -113,7 +113,7 @@ IN_GROUPS_ONLY = [
     ({"density": 0.5, "rank": 3}, "rank=3 and density=0.5 contradict"),
     ({"amsgrad": True}, "amsgrad=True is not supported"),
     ({"differentiable": True}, "differentiable=True is not supported"),
-    ({"capturable": True, "rounding": "stochastic"}, "capturable=True does not go with rounding='stochastic'"),
+    ({"capturable": True, "rule": "adafactor"}, "capturable=True does not go with rule='adafactor'"),
     ({"dim": 4}, "Invalid dim: 4"),
     ({"scale": 1.0, "alpha": 1.0}, "names both 'alpha' and 'scale'"),
     ({"rnak": 3}, "unknown option 'rnak' in a parameter group: did you mean 'rank'"),

@@ -22,9 +22,10 @@ from lowmem.kernels import reference
 from lowmem.kernels.blockwise import Blocks
 from lowmem.kernels.rounding import Target
 from lowmem.optim import GraphedStep
+from torch import Tensor
 
 from tests.helpers import randn
-from tests.recorder import CpuGraphs
+from tests.recorder import CpuGraphs, Pretend, on_device
 from tests.test_bench_commands import lowmem
 
 pytest.importorskip("triton")
@@ -150,9 +151,21 @@ def test_a_kernel_that_fails_and_a_part_that_fails_are_written_down() -> None:
     assert len(rows(figures)[0]) == len(COLUMNS)
 
 
+class Pretended(Bench):
+    """A bench on a pretended device."""
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return on_device(super().normal(*shape, dtype=dtype))
+
+
+def compared(name: str, graphs: Callable[[Any], Any]) -> dict[str, Any]:
+    with Pretend():
+        device = Pretended(torch.device("cpu"), True, Budget(5, 0.0))
+        return compare(device, TINY_MODELS[0], contenders()[name], lambda o: GraphedStep(o, warmup=1, graphs=graphs(o)))
+
+
 def test_captured_steps_are_compared_with_those_that_run() -> None:
-    build = contenders()["Fira"]
-    found = compare(bench(), TINY_MODELS[0], build, lambda o: GraphedStep(o, warmup=1, graphs=CpuGraphs(o)))
+    found = compared("Fira", CpuGraphs)
     assert found["difference"] == 0.0
     assert found["captures"] == 1
     assert found["replays"] == 8
@@ -171,8 +184,7 @@ def test_a_graph_that_goes_astray_is_seen() -> None:
             super().capture(step)
             return lambda: None
 
-    build = contenders()["GaLore"]
-    found = compare(bench(), TINY_MODELS[0], build, lambda o: GraphedStep(o, warmup=1, graphs=Standing(o)))
+    found = compared("GaLore 8bit", Standing)
     assert found["error"].startswith("weights differ by")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lowmem import optim
-from lowmem.kernels import capture, pick
+from lowmem.kernels import capture, pick, random
 from lowmem.optim import GraphedStep
 from lowmem.optim.core.lifecycle import Lifecycle
 from torch import Tensor
@@ -20,7 +20,11 @@ from tests.helpers import randn
 from tests.recorder import CpuGraphs, OnDevice, Pretend, on_device
 
 SHAPES = ((24, 16), (16, 40), (24, 16), (7,), (3, 4, 5, 5))
+LARGE = ((64, 72), (300, 24), (7,))
+"""Of which moments are coded: the plain ones, those of a subspace of the second, and none."""
 GAP = 5
+
+Shapes = tuple[tuple[int, ...], ...]
 
 Build = Callable[..., Lifecycle]
 
@@ -37,6 +41,7 @@ METHODS: dict[str, Build] = {
     "plain": lambda params, rank, **o: optim.GaLore(params, rank=None, **o),
     "plain, no form of torch": lambda params, rank, **o: optim.GaLore(params, rank=None, fused=False, **o),
     "plain lion": lambda params, rank, **o: optim.GaLore(params, rank=None, rule="lion", **o),
+    "adamw 8 bit": lambda params, rank, update_proj_gap, **o: optim.AdamW8bit(params, **o),
     "galore plus": lambda params, **o: optim.GaLorePlus(params, residual_warmup=2, residual_density=0.1, **o),
     "galore plus additive": lambda params, **o: optim.GaLorePlus(
         params, residual="additive", residual_warmup=2, residual_density=0.1, **o
@@ -67,12 +72,21 @@ class Run:
     Args:
         build: The optimizer.
         dtype: Of the weights.
+        shapes: Of the weights.
         graphed: Step by `GraphedStep`.
         options: Those of the optimizer.
     """
 
-    def __init__(self, build: Build, dtype: torch.dtype = torch.float32, *, graphed: bool = False, **options: Any):
-        self.params = [Parameter(on_device(randn(*shape, seed=i, dtype=dtype))) for i, shape in enumerate(SHAPES)]
+    def __init__(
+        self,
+        build: Build,
+        dtype: torch.dtype = torch.float32,
+        shapes: Shapes = SHAPES,
+        *,
+        graphed: bool = False,
+        **options: Any,
+    ) -> None:
+        self.params = [Parameter(on_device(randn(*shape, seed=i, dtype=dtype))) for i, shape in enumerate(shapes)]
         options = {
             "rank": 4,
             "update_proj_gap": GAP,
@@ -115,9 +129,10 @@ class Run:
         return [*self.params, *(value for state in held for _, value in sorted(state.items()))]
 
 
-def pair(build: Build, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Run, Run]:
+def pair(build: Build, dtype: torch.dtype = torch.float32, shapes: Shapes = SHAPES, **options: Any) -> tuple[Run, Run]:
     """The same optimizer, stepped and graphed."""
-    return Run(build, dtype, **copy.deepcopy(options)), Run(build, dtype, graphed=True, **copy.deepcopy(options))
+    one, other = copy.deepcopy(options), copy.deepcopy(options)
+    return Run(build, dtype, shapes, **one), Run(build, dtype, shapes, graphed=True, **other)
 
 
 def assert_same(one: Run, other: Run) -> None:
@@ -164,6 +179,29 @@ def test_replayed_steps_are_those_that_run(build: Build) -> None:
 def test_replayed_steps_are_those_that_run_in_bf16(name: str) -> None:
     runs = pair(METHODS[name], torch.bfloat16, rounding="compensated")
     assert both(runs, 2 * GAP) >= GAP
+
+
+ROUNDED = {
+    "stochastic": {"rounding": "stochastic"},
+    "24 bits": {"rounding": "compensated8"},
+    "bf16 moments": {"state_dtype": torch.bfloat16},
+    "8 bits": {"state_dtype": "8bit", "rounding": "stochastic"},
+    "codes of bitsandbytes": {"state_dtype": "bnb8"},
+}
+
+
+@pytest.mark.parametrize("options", ROUNDED.values(), ids=ROUNDED)
+@pytest.mark.parametrize("name", ["galore", "galore lion", "plain", "galore plus", "fira", "adamw 8 bit"])
+def test_random_bits_of_a_replay_are_those_of_its_step(name: str, options: dict[str, Any]) -> None:
+    options = {"rank": 16, **options}
+    runs = pair(METHODS[name], torch.bfloat16, LARGE, **options)
+    assert both(runs, 2 * GAP) >= GAP
+    if options.get("state_dtype") in ("8bit", "bnb8"):
+        assert any("exp_avg_scale" in held for held in runs[1].optimizer.state.values())
+    ordinary = Run(METHODS[name], torch.bfloat16, LARGE, capturable=False, **options)
+    ordinary.train(2 * GAP)
+    for left, right in zip(ordinary.params, runs[1].params, strict=True):
+        assert (left != right).float().mean() < 0.01  # where another rounding in fp32 turns one to bf16
 
 
 @pytest.mark.parametrize("name", FP64)
@@ -416,10 +454,7 @@ def test_a_loaded_group_without_it_is_told() -> None:
 # ------------------------------------------------------------------------------------------------- refusals
 
 REFUSED: dict[str, tuple[Build, dict[str, Any]]] = {
-    "rounding='stochastic'.*pass rounding='compensated'": (optim.GaLore, {"rounding": "stochastic"}),
-    "rounding='compensated8'": (optim.GaLore, {"rounding": "compensated8"}),
-    "state_dtype='8bit'.*pass state_dtype='float32'": (optim.GaLore, {"state_dtype": "8bit"}),
-    "state_dtype='bfloat16'": (optim.Fira, {"state_dtype": torch.bfloat16}),
+    "backend='compile'.*pass backend='auto'": (optim.GaLore, {"backend": "compile", "state_dtype": "8bit"}),
     "compat='official'.*pass compat=None": (optim.GaLoreAdamW, {}),
     "rule='adafactor'.*pass rule='adamw'": (optim.GaLore, {"rule": "adafactor"}),
     "proj_rule='adafactor'.*pass proj_rule='adam'": (optim.OnlineSubspaceDescent, {"proj_rule": "adafactor"}),
@@ -486,6 +521,39 @@ def test_numbers_of_a_captured_kernel_are_those_of_a_launch() -> None:
     with capture.sharing():
         assert capture.constant(words, torch.device("cpu")) is capture.constant(words, torch.device("cpu"))
     assert capture.constant(words, torch.device("cpu")) is not capture.constant(words, torch.device("cpu"))
+
+
+def test_seeds_on_a_device_are_those_of_the_host() -> None:
+    seeds = random.mix(1, 1 << 31, 40, 7), random.mix(1, 1 << 31, torch.tensor(40.0), 7)
+    assert isinstance(seeds[1], Tensor)
+    assert seeds[0] == int(seeds[1])
+    for large in (*seeds, (1 << 32) - 5, torch.tensor((1 << 32) - 5)):
+        assert 0 <= int(large) < 1 << 32
+    for one, other in (seeds, ((1 << 32) - 5, torch.tensor((1 << 32) - 5))):
+        assert torch.equal(random.noise(one, range(2, 9), range(1, 6)), random.noise(other, range(2, 9), range(1, 6)))
+        cells = torch.arange(9)[:, None], torch.arange(4)
+        assert torch.equal(random.noise_at(one, *cells), random.noise_at(other, *cells))
+        common = pytest.importorskip("lowmem.kernels.triton_common")
+        packed = [common.pack(torch.device("cpu"), [0.5], [3, seed]) for seed in (one, other)]
+        assert torch.equal(*packed)
+
+
+@pytest.mark.parametrize("options", [{"state_dtype": "8bit", "rounding": "stochastic"}, {"rounding": "compensated8"}])
+def test_kernels_of_triton_take_counts_seeds_and_rates_as_tensors(options: dict[str, Any]) -> None:
+    pytest.importorskip("triton")
+    found = []
+    for capturable in (False, True):
+        params = [Parameter(randn(*shape, seed=i, dtype=torch.bfloat16)) for i, shape in enumerate(LARGE[:2])]
+        groups = [{"params": params[:1]}, {"params": params[1:], "rank": 16}]
+        rate = torch.tensor(1e-3)
+        optimizer = optim.GaLore(groups, lr=rate, capturable=capturable, backend="triton", **options)
+        for number in range(3):
+            for i, param in enumerate(params):
+                param.grad = randn(*param.shape, seed=10 * number + i, dtype=param.dtype)
+            optimizer.step()
+        found.append([*params, *(value for held in optimizer.state.values() for value in held.values())])
+    for left, right in zip(*found, strict=True):
+        assert torch.equal(left, right)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

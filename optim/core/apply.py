@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from ...kernels import random
+from ...kernels.random import Seed
 from ...kernels.reference import Count
 from ...kernels.rounding import Target
 from . import codec, counts
@@ -25,17 +25,16 @@ EXACT = ("float32", "float64")
 """Values of `state_dtype` that are at least as wide as the working dtype: nothing of them is rounded."""
 
 
-def run_rule(b: Bucket, stored: Work, keys: Sequence[tuple[Any, ...]]) -> None:
+def run_rule(b: Bucket, stored: Work, keys: Sequence[tuple[Seed, ...]]) -> None:
     """Run the rule on states in their storage dtype: load them, let the rule work, store them.
 
     Args:
         b: The bucket, for its rule and hyper-parameters.
         stored: The work, with states as they are stored.
-        keys: What distinguishes each tensor in this step: the seed of the stochastic rounding of second moments,
-            numbers where there is some.
+        keys: What distinguishes each tensor in this step: the seed of the stochastic rounding of second moments.
     """
     place = b.place  # pieces of one moment round apart, replicas alike
-    drawn = b.hyper.state_dtype not in EXACT and not b.hyper.capturable
+    drawn = b.hyper.state_dtype not in EXACT
     seeds = [random.mix(b.hyper.seed, *key, *place) if drawn else 0 for key in keys]
     if b.rule.coded_direction(stored, b.hyper, seeds):
         return

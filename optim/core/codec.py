@@ -83,7 +83,7 @@ def load(held: State, name: str, state_dtype: str, dtype: torch.dtype) -> Tensor
     return dequantise(blocks, FORMATS[state_dtype], signed=_signed(name)).view(held[name].shape).to(dtype)
 
 
-def store(held: State, name: str, value: Tensor, state_dtype: str, seed: int | None = None) -> None:
+def store(held: State, name: str, value: Tensor, state_dtype: str, seed: random.Seed | None = None) -> None:
     """Write a moment back.
 
     Args:
@@ -96,7 +96,9 @@ def store(held: State, name: str, value: Tensor, state_dtype: str, seed: int | N
     """
     blocks = coded(held, name)
     if blocks is not None:
-        quantise_(blocks, matrix(value).float(), FORMATS[state_dtype], signed=_signed(name), seed=seed or 0)
+        quantise_(
+            blocks, matrix(value).float(), FORMATS[state_dtype], signed=_signed(name), seed=0 if seed is None else seed
+        )
         return
     if seed is not None and held[name].dtype == torch.bfloat16 and value.dtype == torch.float32:
         flat = matrix(value)

@@ -76,13 +76,10 @@ def _by_rule(b: Bucket) -> None:
 
 
 def _coded_adamw_(b: Bucket, t: Count) -> bool:
-    """AdamW on moments in 8 bits: one pass over weight, gradient and codes; tell whether that is the case.
-
-    Their rounding takes the step count from the host.
-    """
+    """AdamW on moments in 8 bits: one pass over weight, gradient and codes; tell whether that is the case."""
     held, hyper, position = b.states[0], b.hyper, b.positions[0]
     first, second = codec.coded(held, "exp_avg"), codec.coded(held, "exp_avg_sq")
-    if hyper.rule != "adamw" or hyper.maximize or first is None or second is None or isinstance(t, Tensor):
+    if hyper.rule != "adamw" or hyper.maximize or first is None or second is None:
         return False
     count = t if hyper.correct_bias else NO_CORRECTION
     how = blockwise(hyper, [random.mix(hyper.seed, position, t)])

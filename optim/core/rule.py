@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ...kernels.random import Seed
 from ...kernels.reference import Count
 from .layout import ALONE, Layout
 
@@ -67,7 +68,7 @@ class Rule(ABC):
     def direction(self, work: Work, hyper: Hyper) -> None:
         """Update the states and write the directions."""
 
-    def coded_direction(self, work: Work, hyper: Hyper, seeds: Sequence[int]) -> bool:
+    def coded_direction(self, work: Work, hyper: Hyper, seeds: Sequence[Seed]) -> bool:
         """As `direction` in one pass over states as they are stored; False where the rule or the states have none.
 
         Args:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...kernels import pick, reference
 from ...kernels.blockwise import FORMATS, Blocks
+from ...kernels.random import Seed
 from . import codec, factored, sides
 from .layout import ALONE, Layout
 from .rule import Rule, Shape, Work
@@ -43,7 +44,7 @@ class AdamW(Rule):
         eps = single_eps(hyper.eps)
         adam(list(work.grads), moments, counts, list(work.out), hyper.betas, eps, raw_eps=hyper.raw_eps)
 
-    def coded_direction(self, work: Work, hyper: Hyper, seeds: Sequence[int]) -> bool:
+    def coded_direction(self, work: Work, hyper: Hyper, seeds: Sequence[Seed]) -> bool:
         """Decode, step and encode tensor by tensor."""
         first = _coded(work, "exp_avg")
         second = _coded(work, "exp_avg_sq")
@@ -67,7 +68,7 @@ class Lion(Rule):
         for grad, state, out in zip(work.grads, work.states, work.out, strict=True):
             reference.lion(grad, state["exp_avg"], out, hyper.betas)
 
-    def coded_direction(self, work: Work, hyper: Hyper, seeds: Sequence[int]) -> bool:
+    def coded_direction(self, work: Work, hyper: Hyper, seeds: Sequence[Seed]) -> bool:
         """Decode, step and encode tensor by tensor."""
         moments = _coded(work, "exp_avg")
         if moments:
@@ -162,7 +163,7 @@ def learning_rates(
     return [rate * scale for rate, scale in zip(rates, scales, strict=True)]
 
 
-def blockwise(hyper: Hyper, seeds: Sequence[int]) -> reference.Blockwise:
+def blockwise(hyper: Hyper, seeds: Sequence[Seed]) -> reference.Blockwise:
     """The numbers of a rule whose moments are coded."""
     form, eps = FORMATS[hyper.state_dtype], single_eps(hyper.eps)
     return reference.Blockwise(form, seeds, hyper.betas, eps, raw_eps=hyper.raw_eps)

@@ -71,8 +71,13 @@ def writing(
     weight = param.detach().reshape(shape)
     correction = held[CORRECTION].view(shape) if CORRECTION in held else None
     mode = how.rounding if param.dtype == torch.bfloat16 else "nearest"  # wider weights are exact
-    seed = 0 if mode in ("nearest", "compensated") else random.mix(how.seed, position, int(held["step"]), TAG)
+    seed = 0 if mode in ("nearest", "compensated") else random.mix(how.seed, position, _known(held["step"]), TAG)
     row, col = (box.row, box.col) if box else (0, 0)
     yield Target(weight, mode, correction, seed, row, col)
     if weight.data_ptr() != param.data_ptr():
         param.copy_(weight.view_as(param))
+
+
+def _known(count: Tensor) -> random.Seed:
+    """A step count as a number, unless it is on a device, which would have to be asked."""
+    return int(count) if count.device.type == "cpu" else count

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...kernels import BACKENDS, bnb
+from ...kernels.dispatch import ADDITIONS
 from ...kernels.rounding import ROUNDINGS
 from .adaptive import AUTO
 from .basis import DENSE
@@ -101,21 +102,12 @@ def check_subspace(group: Mapping[str, Any]) -> None:
 def _check_capturable(group: Mapping[str, Any]) -> None:
     """Refuse what takes a number from the host that is another in every step, which a graph would freeze."""
     heads = isinstance(group.get("num_heads"), (list, tuple)) and group.get("residual") == "additive"
-    drifts = bool(RULES[group["rule"]].drifting)
-    fine = (None, "float32", "float64") if drifts else (None, "float32", "float64", "bfloat16", "parameter")
     follows = group["projector"] == "descend"
     refused = {
         "compat": (group["compat"], "the authors' order of operations reads step counts: pass compat=None"),
         "rule": (group["rule"] == "adafactor", "its rates are numbers of the host: pass rule='adamw' or 'rmsprop'"),
         "proj_rule": (follows and group.get("proj_rule") == "adafactor", "as rule='adafactor': pass proj_rule='adam'"),
-        "rounding": (
-            group["rounding"] not in ("nearest", "compensated"),
-            "random bits are a function of the step: pass rounding='compensated', or 'nearest'",
-        ),
-        "state_dtype": (
-            group["state_dtype"] not in fine,
-            "moments in few bits are rounded by random bits of the step: pass state_dtype='float32'",
-        ),
+        "backend": (group["backend"] in ADDITIONS, "it takes numbers of the host: pass backend='auto'"),
         "weight_norm": (group.get("weight_norm"), "its rates of rows read a step count: pass weight_norm=False"),
         "projector": (
             group["projector"] == "dct",
