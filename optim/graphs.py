@@ -36,7 +36,8 @@ class GraphedStep:
 
     A step that does something else runs as it is: the first, those that refresh a basis, choose ranks, find the entries
     of a residual or open a window of blocks. With `stagger=True` that may be nearly every step; leave it off here.
-    Trajectories, counters and state dicts are those of `optimizer.step()`. A graph holds the temporaries of a step.
+    Trajectories, counters and state dicts are those of `optimizer.step()`. A graph holds the temporaries of a step; the
+    seeds of random rounding, which follow from step counts, take some thirty small operations a matrix in it.
 
     Numbers of the host are constants of a graph. A learning rate that changes must be a tensor on the parameters'
     device, which schedulers fill; where a number, another option, the set of gradients or a parameter is another one,
@@ -56,7 +57,10 @@ class GraphedStep:
 
     def __init__(self, optimizer: Lifecycle, *, warmup: int = 3, graphs: Graphs | None = None) -> None:
         if not isinstance(optimizer, Lifecycle):
-            raise TypeError(f"got a {type(optimizer).__name__}: GraphedStep needs an optimizer of lowmem.optim")
+            raise TypeError(
+                f"got a {type(optimizer).__name__}: GraphedStep needs an optimizer of lowmem.optim; of a wrapper pass "
+                "wrapper.optimizer"
+            )
         if not isinstance(warmup, int) or warmup is True or warmup < 1:
             raise ValueError(f"Invalid warmup: {warmup!r}; need an integer of at least 1")
         self.optimizer = optimizer
