@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...kernels.tiles import row_blocks
+from ...kernels.tiles import row_blocks, tiles
 from . import adafactor, factored
 from .apply import move_
 from .bucket import Bucket
@@ -58,18 +58,21 @@ def _sound(white: Make, fine: Tensor, *, negative: bool) -> Tensor:
 
 def blend_(update: Tensor, past: Tensor, old: Tensor, beta1: float) -> None:
     """`U <- (1 - b1) U + b1 C P^T`, the product in the dtype of its factors."""
-    for rows in row_blocks(update, past.dtype):
-        if past.dtype == update.dtype:
-            update[rows].addmm_(past[rows], old.T, beta=1 - beta1, alpha=beta1)
-        else:
-            update[rows].mul_(1 - beta1).add_(past[rows] @ old.T, alpha=beta1)
+    if past.dtype == update.dtype:
+        update.addmm_(past, old.T, beta=1 - beta1, alpha=beta1)
+    elif update.stride(0) < update.stride(1):  # in the order of memory
+        blend_(update.T, old, past, beta1)
+    else:
+        for rows in row_blocks(update):
+            update[rows].lerp_((past[rows] @ old.T).to(update.dtype), beta1)
 
 
 def move_whitened(b: Bucket, index: int, update: Tensor, size: adafactor.Size, o: adafactor.Options) -> None:
-    """Clip Ubar in place, `W <- (1 - alpha wd) W - alpha Ubar`."""
+    """Clip Ubar in place, `W <- (1 - alpha wd) W - alpha Ubar`, tile by tile."""
     alpha, clip = size
-    if clip is not None:
-        update.div_(clip)
-    update.mul_(alpha)
+    decay = 1 - o.weight_decay * alpha if o.weight_decay else 1.0
     for target in writing(b.params[index], b.states[index], o, b.positions[index], box=b.layout.box):
-        move_(target, update.reshape(target.weight.shape), 1 - o.weight_decay * alpha if o.weight_decay else 1.0)
+        whole = update.reshape(target.weight.shape)
+        for rows, cols in tiles(whole):
+            part = whole[rows, cols] if clip is None else whole[rows, cols].div_(clip)
+            move_(target.part(rows, cols), part.mul_(alpha), decay)
