@@ -62,7 +62,7 @@ def _in_steps_(weight: Tensor, left: Tensor, right: Tensor, move: Move) -> None:
     scale = alpha / share if share else 1.0
     for rows, cols in tiles(weight, 2 * chunk(weight.device), even=True):  # as many bytes as those in fp32
         part, rest = weight[rows, cols], piece(move.residual, rows, cols)
-        step, own = (_signs(rest), rest.scale) if isinstance(rest, Signed) else (_scaled(rest), 1.0)
+        step, own = (_signs(rest, weight.dtype), rest.scale) if isinstance(rest, Signed) else (_scaled(rest), 1.0)
         step.addmm_(left[rows], right[cols].T, beta=scale * own, alpha=scale)
         if share:
             part.lerp_(step, share)
@@ -93,7 +93,7 @@ def _add_residual_(value: Tensor, rest: Scaled | Signed | None, move: Move) -> N
     elif isinstance(rest, Scaled) and _loud(rest):
         value.addcmul_(rest.grad.to(value.dtype), rest.factors.to(value.dtype), value=move.alpha)
     elif isinstance(rest, Signed) and rest.sound:
-        value.add_(_signs(rest), alpha=move.alpha * rest.scale)
+        value.add_(_signs(rest, value.dtype), alpha=move.alpha * rest.scale)
     else:
         value.add_(_whole(rest, value, move), alpha=move.alpha)
 
@@ -104,20 +104,17 @@ def _whole(rest: Scaled | Signed, value: Tensor, move: Move) -> Tensor:
     return step
 
 
-def _signs(rest: Signed) -> Tensor:
-    """`sign(G - E F^T)`, zero where the difference is not above the floor, in the dtype of G.
-
-    Torch's shrinkage compares fastest.
-    """
+def _signs(rest: Signed, dtype: torch.dtype) -> Tensor:
+    """`sign(G - E F^T)`, zero where the difference is not above the floor; torch's shrinkage compares fastest."""
     grad, left, right, floor = rest.grad, rest.left, rest.right, rest.floor
     if left is None or right is None or floor is None:
-        return grad.sign()
+        return grad.to(dtype).sign()  # in bf16 it would be slower
     if grad.dtype == left.dtype == torch.bfloat16:
         difference = torch.addmm(grad, left, right.T, alpha=-1.0).to(floor.dtype)
     else:
         difference = grad.to(floor.dtype) - (left @ right.T).to(floor.dtype)
     tiny = torch.finfo(floor.dtype).tiny
-    return hardshrink(difference.div_(floor.clamp(min=tiny)), 1.0).sign_().to(grad.dtype)
+    return hardshrink(difference.div_(floor.clamp(min=tiny)), 1.0).sign_().to(dtype)
 
 
 def _in_place_(weight: Tensor, left: Tensor | None, right: Tensor | None, move: Move) -> None:

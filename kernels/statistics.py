@@ -40,7 +40,8 @@ def row_squares(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 def _add_squares(matrix: Tensor, rows: Tensor, cols: Tensor) -> None:
     """Add the sums of a matrix whose rows lie in memory."""
     for part in row_blocks(matrix):
-        squares = matrix[part].to(rows.dtype).square()
+        wide = matrix[part].to(rows.dtype)
+        squares = wide.square() if wide.dtype == matrix.dtype else wide.square_()  # of a copy in its place
         rows[part] += squares.sum(1)
         cols += squares.sum(0)
 
