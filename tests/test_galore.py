@@ -253,6 +253,26 @@ def test_the_basis_changes_exactly_every_gap_steps_and_missing_gradients_do_not_
     assert optimizer.state[params[0]]["refreshes"] == math.ceil(counted / 3)
 
 
+@pytest.mark.parametrize("rule", ["adamw", "adafactor", "lion"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("proj_type", ["std", "full"])
+def test_the_authors_bases_turn_moments_in_every_dtype(rule: str, dtype: torch.dtype, proj_type: str) -> None:
+    """Their bases are rounded to the dtype of the gradient, moments are not."""
+    options = {
+        "rule": rule,
+        "carry": "rotate",
+        "compat": "official",
+        "projector": "svd",
+        "proj_type": proj_type,
+        "lr": 1e-3,
+    }
+    optimizer, params = build([randn(9, 7).to(dtype)], update_proj_gap=2, **options)
+    for step in range(5):
+        feed(optimizer, params, [falling(9, 7, step)])
+    assert optimizer.state[params[0]]["refreshes"] == 3
+    assert_all_finite(optimizer)
+
+
 @pytest.mark.parametrize("carry", ["rotate", "keep"])
 @pytest.mark.parametrize("options", [{}, {"proj_type": "full"}, {"basis_dtype": "int8"}], ids=str)
 @pytest.mark.parametrize("projector", PROJECTORS)

@@ -20,7 +20,7 @@ from ...kernels import pick, random
 from ...kernels.reference import Move
 from ...kernels.rounding import Target
 from ...kernels.tiles import row_blocks
-from . import compact, linalg
+from . import codec, compact, linalg
 from .change import Change, Turn
 from .layout import ALONE, Layout
 from .spec import Spec
@@ -171,7 +171,8 @@ class Dense(Basis):
         return [Turn(*turns) for turns in zip(right, left, strict=True)]
 
     def _overlaps(self, held: Sequence[State], new: Sequence[Tensor | None], name: str) -> list[Tensor]:
-        pairs = zip(held, new, strict=True)
+        wide = [None if found is None else found.to(codec.work_dtype(found.dtype)) for found in new]  # as moments are
+        pairs = zip(held, wide, strict=True)
         return [found.T @ self.read(state, found.dtype, name) for state, found in pairs if found is not None]
 
     def columns(self, held: State, dtype: torch.dtype) -> Tensor:
