@@ -23,7 +23,7 @@ from ...kernels.tiles import row_blocks
 from . import codec, compact, linalg
 from .change import Change, Turn
 from .layout import ALONE, Layout
-from .spec import Spec
+from .spec import Axis, Spec
 from .together import stacked, summed
 from .view import MatrixView
 
@@ -127,7 +127,7 @@ class Dense(Basis):
         """The basis in the weight's dtype or in few bits: `b r` elements, and `a r` for the left one of two."""
         described: dict[str, Spec] = {}
         for name, size in view.basis_shapes.items():
-            axis = "basis" if name == "basis" else "kept"
+            axis: Axis = "basis" if name == "basis" else "kept"
             if hyper.basis_dtype is None:
                 described[name] = Spec(size, param.dtype, param.device, axis=axis)
             else:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...kernels import random
 from ...kernels.blockwise import FORMATS, Blocks, Format, dequantise, quantise_
 from ...kernels.rounding import round_stochastically
-from .spec import Spec
+from .spec import Axis, Spec
 from .view import matrix_shape as shape_of_matrix
 
 STATE_DTYPES = ("float32", "bfloat16", "float64", "parameter", *FORMATS)
@@ -56,7 +56,7 @@ def form_of(name: str, shape: Sequence[int], state_dtype: str) -> Format | None:
     return None if small or not name.endswith(("exp_avg", "exp_avg_sq")) else FORMATS.get(state_dtype)
 
 
-def specs(name: str, shape: tuple[int, ...], param: Tensor, state_dtype: str, axis: str = "param") -> dict[str, Spec]:
+def specs(name: str, shape: tuple[int, ...], param: Tensor, state_dtype: str, axis: Axis = "param") -> dict[str, Spec]:
     """Describe a moment: one tensor, or codes and scales; `axis` is what its rows are where they are sharded."""
     form = form_of(name, shape, state_dtype)
     if form is None:

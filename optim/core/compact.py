@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import linalg
 from .layout import ALONE, Layout
-from .spec import Spec
+from .spec import Axis, Spec
 
 BASIS_DTYPES = (None, "int8", "int4")
 """Values of the option `basis_dtype`; None is the weight's own dtype."""
@@ -29,7 +29,7 @@ SCALE = "_scale"
 _LARGEST = {torch.int8: 127, torch.uint8: 7}
 
 
-def specs(name: str, shape: tuple[int, int], dtype: str, device: torch.device, axis: str = "basis") -> dict[str, Spec]:
+def specs(name: str, shape: tuple[int, int], dtype: str, device: torch.device, axis: Axis = "basis") -> dict[str, Spec]:
     """Describe a basis (b, r): `b r` bytes or `b ceil(r / 2)`, and `4 r` of scales."""
     rows, cols = shape
     form = (shape, torch.int8) if dtype == "int8" else ((rows, -(-cols // 2)), torch.uint8)

@@ -22,7 +22,7 @@ from .change import Change, Match
 from .coordinates import INDEX, Index
 from .layout import ALONE, Layout
 from .sharding import moved, shard_dim
-from .spec import Spec
+from .spec import Axis, Spec
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Flat(Layout):
         """R is dealt out by entries, wherever the weight is cut."""
         return not self.alone
 
-    def place(self, axis: str) -> tuple[Placement, ...]:
+    def place(self, axis: Axis) -> tuple[Placement, ...]:
         """As of any layout; moments (1, r) have their entries in columns."""
         places = Layout.place(self, "entries" if axis == "kept" else axis)
         if axis != "kept":

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .sharding import Box, Sharding, is_dtensor, shard_dim
+from .spec import Axis
 from .stack import Stacked
 from .view import MatrixView, matrix_shape
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 if dist.is_available():
     _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
     _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # their names since torch 2.13
-
 
 MANY = 8
 """Ranks above which bases are spread unless the group says otherwise: replicated they outweigh the moments."""
@@ -77,14 +77,14 @@ class Layout:
         wide = alone and (dist.get_world_size(rows[0]) > MANY if spread is None else spread)
         return cls(rows, cols, sharding.box(), sharding, transposed, spread=wide, full=full)
 
-    def place(self, axis: str) -> tuple[Placement, ...]:
-        """Placements of a state whose rows are one of `sharding.AXES`."""
+    def place(self, axis: Axis) -> tuple[Placement, ...]:
+        """Placements of a state by what its rows are."""
         if self.sharding is None:
             raise TypeError("a plain parameter has no placements")
         everywhere = {"basis": self.spread, "kept": self.dealt, "entries": True}.get(axis, False)
         return self.sharding.place(axis, transposed=self.transposed, everywhere=everywhere)
 
-    def settle(self, value: Tensor, axis: str) -> Tensor:
+    def settle(self, value: Tensor, axis: Axis) -> Tensor:
         """A state where it belongs: other placements are changed, whole tensors cut."""
         if self.sharding is None or not value.ndim:
             return value

@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from .spec import Axis
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
-
-AXES = ("param", "m", "n", "kept", "basis", "projected", "entries", "")
-"""What the rows of a state are: `param` all dimensions of the parameter, `m` and `n` its rows and columns as a matrix,
-`kept` the rows of R, `basis` the rows of P, which may be spread, `projected` what has those rows and is not, `entries`
-single entries, dealt out evenly wherever they lie, and nothing of it where every rank has all."""
 
 
 class Box(NamedTuple):
@@ -111,8 +108,8 @@ class Sharding:
         local, offset = compute_local_shape_and_global_offset(shape, self.mesh, placements)
         return tuple(local), tuple(offset)
 
-    def place(self, axis: str, *, transposed: bool = False, everywhere: bool = False) -> tuple[Placement, ...]:
-        """Placements of a state whose rows are one of `AXES`.
+    def place(self, axis: Axis, *, transposed: bool = False, everywhere: bool = False) -> tuple[Placement, ...]:
+        """Placements of a state by what its rows are.
 
         Args:
             axis: Which.

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .layout import Layout
+from .spec import Axis
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -36,9 +37,10 @@ def pair(layout: Layout, ndim: int) -> Layout:
     return _thin(layout, layout.natural.cols if ndim == 3 else (), layout.sharding.shape[-2:])
 
 
-def axes(ndim: int) -> dict[str, str]:
+def axes(ndim: int) -> dict[str, Axis]:
     """What the rows of the statistics of that pair are, for `Spec.axis`."""
-    row, col = {2: ("m", "n"), 3: ("param", "m")}.get(ndim, ("param", "param"))
+    row: Axis = "m" if ndim == 2 else "param"
+    col: Axis = "n" if ndim == 2 else "m" if ndim == 3 else "param"
     return {"exp_avg_sq_row": row, "exp_avg_sq_col": col}
 
 

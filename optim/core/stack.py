@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .sharding import Box, Sharding, is_dtensor, local, moved, shard_dim
-from .spec import Spec
+from .spec import Axis, Spec
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
@@ -72,8 +72,8 @@ class Stacked(Sharding):
         (count, *_), (first, *_) = self.whole._cut(self.whole.shape, self.own)
         return range(first, first + count)
 
-    def place(self, axis: str, *, transposed: bool = False, everywhere: bool = False) -> tuple[Placement, ...]:
-        """Placements of a state (E, ...) whose rows are one of `AXES`: that of a matrix, one dimension on."""
+    def place(self, axis: Axis, *, transposed: bool = False, everywhere: bool = False) -> tuple[Placement, ...]:
+        """Placements of a state (E, ...) by what its rows are: that of a matrix, one dimension on."""
         if axis == "param":
             return self.own
         inner = super().place(axis, transposed=transposed, everywhere=everywhere)

@@ -11,7 +11,7 @@ from . import codec, counts, sides
 from .hyper import Hyper
 from .layout import ALONE, Layout
 from .rules import RULES
-from .spec import Spec, counter
+from .spec import Axis, Spec, counter
 from .view import MatrixView
 
 COUNTERS = ("step", "until_refresh", "refreshes", "skipped_refreshes")
@@ -47,12 +47,12 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
     if hyper.lazy is not None:
         described[INTERVAL] = counter()
     if hyper.counts_coordinates:
-        axis = "entries" if hyper.side == "flat" else ""
+        axis: Axis = "entries" if hyper.side == "flat" else ""
         described[AGE] = Spec((view.rank,), torch.float32, param.device, axis=axis)
     return {**described, **hyper.basis.specs(param, view, hyper), **moments}
 
 
-def axis_of(name: str, ndim: int, view: MatrixView | None) -> str:
+def axis_of(name: str, ndim: int, view: MatrixView | None) -> Axis:
     """What the rows of a moment are, for `Spec.axis`."""
     if view is None:
         return sides.axes(ndim).get(name, "param")
