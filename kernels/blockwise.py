@@ -23,6 +23,9 @@ from torch import Tensor
 
 from . import random
 
+ASKED = frozenset({"cpu"})
+"""Devices that are asked what they hold; a GPU would be waited for."""
+
 
 class Format(NamedTuple):
     """A way to code moments.
@@ -108,7 +111,7 @@ def quantise_(
     noise = random.noise(seed, rows, cols, values.device) if rounds else values
     for codes, scale, part, dither in _blocked(form, blocks.codes, blocks.scale, values, noise):
         scale.copy_(part.abs().amax(-1, keepdim=True) if signed else part.amax(-1, keepdim=True))
-        if scale.device.type != "cpu" or not scale.isfinite().all():  # asking a GPU would synchronise
+        if scale.device.type not in ASKED or not scale.isfinite().all():
             part = part.where(part.isfinite(), 0.0)
             scale.copy_(part.abs().amax(-1, keepdim=True))
         unit = part / scale.clamp(min=torch.finfo(torch.float32).tiny)

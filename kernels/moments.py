@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import blockwise, reference
 from .blockwise import Blocks, dequantise, quantise_
 from .random import Seed
 from .reference import Blockwise, Count
@@ -148,6 +148,6 @@ def lion_blockwise(grads: Sequence[Tensor], moments: Sequence[Blocks], out: Sequ
 
 def _finite(grad: Tensor) -> Tensor:
     """Entries whose squares are not finite count as zero."""
-    if grad.device.type == "cpu" and torch.linalg.vector_norm(grad) < ROOT:  # asking a GPU would synchronise
+    if grad.device.type in blockwise.ASKED and torch.linalg.vector_norm(grad) < ROOT:
         return grad
     return torch.where(grad.square().isfinite(), grad, 0.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import adagrad, adam, sgd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...kernels import moments, random, tiles
+from ...kernels import blockwise, moments, random, tiles
 from ..core import bucket, refresh
 
 aten = torch.ops.aten
@@ -177,7 +177,7 @@ def pieces_of(device: str) -> Iterator[None]:
     where += [(module, CHECK, _accept) for module in (adam, sgd, adagrad) if hasattr(module, CHECK)]
     if device == "cpu":
         where += [(bucket, "GPU_BUFFER", bucket.CPU_BUFFER), (tiles, "GPU_CHUNK", tiles.CHUNK)]
-        where += [(refresh, "BATCH", refresh.CPU_BATCH)]
+        where += [(refresh, "BATCH", refresh.CPU_BATCH), (blockwise, "ASKED", blockwise.ASKED | {META.type})]
     with replaced(where):
         yield
 
