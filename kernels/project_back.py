@@ -18,7 +18,8 @@ def project_back_(target: Target, left: Tensor | None, right: Tensor | None, mov
     if isinstance(move.residual, Scaled) and _silent(move.residual):
         move = move._replace(residual=None)
     same = left is None or left.dtype == target.weight.dtype
-    once = target.exact or (target.mode == "nearest" and left is not None and move.residual is None)
+    fused = left is not None and move.residual is None and not isinstance(move.decay, Tensor)
+    once = target.exact or (target.mode == "nearest" and fused)
     if same and once and not isinstance(move.residual, Signed):
         _in_place_(target.weight, left, right, move)
         return

@@ -20,7 +20,7 @@ from .core.lifecycle import Lifecycle
 from .core.linalg import product_in
 from .core.seeded import DISTRIBUTIONS, SeededBasis, bases, shortest_window
 from .core.spec import Spec, counter
-from .core.together import Recipe, buckets, stacked, summed
+from .core.together import Recipe, buckets, reduced, stacked
 from .core.validate import check_choices, check_rank
 from .core.view import SIDES, MatrixView, matrix_shape, rank_of
 from .core.whitened import blend_, move_whitened, whiten
@@ -216,7 +216,7 @@ def _compressed(b: Bucket, o: Options) -> None:
 
     updates = [Recipe(partial(blended, index), keep=layout.alone) for index in every]
     moved = [index for index in every if old[index] is not new[index]]
-    turns = summed(layout.sum_cols, [old[index]().T @ new[index]() for index in moved])
+    turns = reduced(layout.sum_cols, [old[index]().T @ new[index]() for index in moved])
     for index, turn in zip(moved, turns, strict=True):
         moments[index] = moments[index] @ turn  # C_{t-1} P_{t-1}^T P_t                                (a, r)
     for index, (held, size) in enumerate(zip(b.states, adafactor.sizes(b, counts, updates, o), strict=True)):

@@ -22,6 +22,9 @@ COUNTED = ("params", "param_names", blocks.DONE, blocks.WAIT)
 PATIENCE = 10
 """Steps without a replay, for options that change, after which a warning says so."""
 
+SEARCHES = 50
+"""The same for steps in which a basis is due."""
+
 
 class GraphedStep:
     """Call it in the place of `optimizer.step()`: steps between refreshes are one launch of a captured CUDA graph.
@@ -51,7 +54,7 @@ class GraphedStep:
 
     Raises:
         TypeError: The optimizer is not of this package.
-        ValueError: A group is not capturable, or parameters are on several devices.
+        ValueError: A group is not capturable, or parameters are on several devices, or there are none.
         RuntimeError: They are on no CUDA device. Later: a gradient has moved, or a hook would not run.
     """
 
@@ -71,7 +74,7 @@ class GraphedStep:
         self._check()
         self._device = _device(optimizer)
         self._graphs = CudaGraphs(self._device) if graphs is None else graphs
-        self._warmup, self._idle = warmup, 0
+        self._warmup, self._idle, self._searches = warmup, 0, 0
         self._key: tuple[Any, ...] = ()
         self.reset()
         optimizer.register_load_state_dict_post_hook(lambda _: self.reset())
@@ -98,6 +101,7 @@ class GraphedStep:
         self._notice_changes()
         schedule = Schedule.of(self.optimizer)
         if schedule.due:
+            self._warn_if_always()
             self.optimizer.step()
             self._settled = False  # it may have put other tensors into the state
         elif self._warm < self._warmup:
@@ -106,6 +110,7 @@ class GraphedStep:
         elif self._replay is None or self._moved():
             self._capture()
         else:
+            self._refuse_hooks()
             schedule.count()
             self._launch(self._replay)
 
@@ -151,7 +156,18 @@ class GraphedStep:
             self._settled = _state(self.optimizer) == self._state
         return not self._settled
 
-    def _capture(self) -> None:
+    def _warn_if_always(self) -> None:
+        """Say so where a search is due in every step."""
+        self._searches += 1
+        if self._searches == SEARCHES:
+            warnings.warn(
+                f"GraphedStep replayed nothing in {SEARCHES} steps, a basis was due in each: a gradient that stays "
+                "zero asks for one in every step, leave that of an idle expert at None, param.grad = None; else leave "
+                "stagger out, or raise update_proj_gap",
+                stacklevel=3,
+            )
+
+    def _refuse_hooks(self) -> None:
         optimizer = self.optimizer
         known = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
         if any(known) or hooks._global_optimizer_pre_hooks or hooks._global_optimizer_post_hooks:
@@ -159,6 +175,10 @@ class GraphedStep:
                 "hooks of optimizer.step would not run in a graph: remove them, handle.remove(), and call what they do "
                 "beside step()"
             )
+
+    def _capture(self) -> None:
+        self._refuse_hooks()
+        optimizer = self.optimizer
         self._replay = None  # before its successor takes memory
         replay = self._graphs.capture(optimizer.step)  # in which the host counts, and the device does nothing
         self._replay, self._settled = replay, True
@@ -169,7 +189,7 @@ class GraphedStep:
     def _launch(self, replay: Step) -> None:
         replay()
         self.replays += 1
-        self._idle = 0
+        self._idle = self._searches = 0
 
 
 def _device(optimizer: Optimizer) -> torch.device:
@@ -177,6 +197,8 @@ def _device(optimizer: Optimizer) -> torch.device:
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"got parameters on {names}: GraphedStep needs one device, give each an optimizer of its own")
+    if not devices:
+        raise ValueError("got an optimizer without parameters: add them, optimizer.add_param_group({'params': [...]})")
     device: torch.device = devices.pop()
     return device
 

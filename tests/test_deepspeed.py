@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 from collections.abc import Callable
@@ -284,6 +285,33 @@ def test_a_class_that_is_handed_flat_partitions_says_so(rank: str) -> None:
             advance(params, plain, range(1))
 
     in_world(2, body)
+
+
+@pytest.mark.parametrize("how", ["loaded", "copied"])
+def test_matrices_that_are_flattened_later_are_noticed(how: str) -> None:
+    optimizer = GaLore([{"params": [nn.Parameter(torch.randn(12, 8))], "rank": 2}])
+    if how == "loaded":
+        optimizer.load_state_dict(optimizer.state_dict())
+    else:
+        optimizer = copy.deepcopy(optimizer)
+    group = optimizer.param_groups[0]
+    group["params"][0].data = group["params"][0].data.flatten()
+    if how == "loaded":  # a state dict that arrives after it
+        optimizer.load_state_dict(optimizer.state_dict())
+    group["params"][0].grad = torch.randn(96)
+    with pytest.raises(ValueError, match=r"rank=2 has only vectors, the largest of shape \(96,\)"):
+        optimizer.step()
+
+
+def test_groups_that_are_removed_and_added_are_no_others() -> None:
+    optimizer = GaLore([{"params": [nn.Parameter(torch.randn(12, 8))]}], rank=2)
+    for _ in range(300):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.randn(12, 8))]})
+        del optimizer.param_groups[1]
+        optimizer.add_param_group({"params": [bias := nn.Parameter(torch.randn(4))]})
+        bias.grad = torch.ones(4)
+        optimizer.step()
+        del optimizer.param_groups[1]
 
 
 def test_a_rank_for_vectors_is_refused() -> None:

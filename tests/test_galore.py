@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowmem.optim import GaLore
+from lowmem.optim import Apollo, Fira, GaLore
 from lowmem.optim.core import projector as projectors
 from lowmem.optim.core import refresh
 from lowmem.optim.core.basis import Bases
@@ -251,6 +251,20 @@ def test_the_basis_changes_exactly_every_gap_steps_and_missing_gradients_do_not_
         basis, counted = now, counted + 1
     assert optimizer.state[params[0]]["step"] == counted
     assert optimizer.state[params[0]]["refreshes"] == math.ceil(counted / 3)
+
+
+@pytest.mark.parametrize("build_", [GaLore, Fira, Apollo], ids=lambda cls: cls.__name__)
+def test_bf16_weights_decay_alike_whatever_holds_the_rate(build_: Callable[..., torch.optim.Optimizer]) -> None:
+    """A decay of 0.997 is 1 in bf16: it must reach the weight before it is rounded."""
+    norms = []
+    for options in ({"lr": 0.05}, {"lr": torch.tensor(0.05)}, {"lr": torch.tensor(0.05), "capturable": True}):
+        param = nn.Parameter(randn(48, 32).bfloat16())
+        optimizer = build_([param], rank=4, weight_decay=0.06, update_proj_gap=50, **options)
+        for step in range(60):
+            param.grad = randn(48, 32, seed=step).bfloat16()
+            optimizer.step()
+        norms.append(float(param.detach().float().norm()))
+    assert norms[1:] == pytest.approx([norms[0]] * 2, rel=0.01)
 
 
 @pytest.mark.parametrize("rule", ["adamw", "adafactor", "lion"])

@@ -375,6 +375,33 @@ def test_hooks_are_refused() -> None:
     handle.remove()
     run.train(1, 2)
     assert run.graphed.replays == 1
+    handle = run.optimizer.register_step_pre_hook(lambda *_: None)  # after the capture
+    with pytest.raises(RuntimeError, match=r"hooks of optimizer\.step would not run"):
+        run.train(1, 3)
+    handle.remove()
+    run.train(1, 3)
+    assert run.graphed.replays == 2
+
+
+def test_a_basis_that_is_due_in_every_step_is_told() -> None:
+    run = Run(optim.GaLore, graphed=True)
+
+    def train() -> None:
+        for number in range(50):
+            run.feed(number)
+            run.params[0].grad.zero_()
+            run.step()
+
+    with pytest.warns(UserWarning, match=r"replayed nothing in 50 steps, a basis was due in each.*param\.grad = None"):
+        train()
+    assert run.optimizer.skipped_refreshes() == 50
+
+
+def test_an_optimizer_without_parameters_is_refused() -> None:
+    optimizer = optim.GaLore([Parameter(randn(4, 4))], capturable=True)
+    optimizer.param_groups[0]["params"] = []
+    with pytest.raises(ValueError, match=r"without parameters: add them, optimizer\.add_param_group"):
+        GraphedStep(optimizer)
 
 
 # ------------------------------------------------------------------------------------------------- state dicts

@@ -21,6 +21,7 @@ from lowmem.optim import (
     Flora,
     Frugal,
     GaLore,
+    GaLoreAdafactor,
     GaLorePlus,
     LowRank,
     OnlineSubspaceDescent,
@@ -228,6 +229,18 @@ def test_a_step_sends_one_reduce_scatter_and_one_gather_of_r_where_the_projected
 def test_the_matrices_of_a_bucket_share_their_collectives(name: str, dim: int) -> None:
     one, three = (calls(OPTIMIZERS[name], SHAPES["tall"], dim, count) for count in (1, 3))
     assert three == one
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_decay_of_an_absolute_rule_sends_nothing_of_its_own(dim: int) -> None:
+    def build(decay: float) -> Build:
+        group = {"rank": RANK, "update_proj_gap": GAP, "scale": 1.0, "proj_type": "std"}
+        return lambda p: GaLoreAdafactor([{"params": p, **group}], lr=LR, weight_decay=decay)
+
+    plain, one, three = (
+        calls(build(decay), SHAPES["tall"], dim, count) for decay, count in ((0.0, 1), (0.1, 1), (0.1, 3))
+    )
+    assert three == one <= plain + 1
 
 
 REFRESHED: dict[str, Build] = {

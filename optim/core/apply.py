@@ -13,7 +13,7 @@ from ...kernels.reference import Count
 from ...kernels.rounding import Target
 from . import codec, counts
 from .bucket import Bucket
-from .rules import Work, learning_rate
+from .rules import Work, learning_rates
 
 
 def count_step(b: Bucket) -> list[Count]:
@@ -61,9 +61,12 @@ def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
     if isinstance(lr, Tensor) and lr.device.type == "cpu" and not stays:
         lr = float(lr)
     if b.rule.absolute:
-        t = int(b.states[index]["step"])
-        scaled = learning_rate(hyper, t, b.params[index], b.dtype, b.layout) if hyper.weight_decay else 0.0
-        return 1.0, 1 - scaled * hyper.weight_decay
+        if not hyper.weight_decay:
+            return 1.0, 1.0
+        if not b.rates:  # of all, before one of the weights has moved
+            counts = [int(held["step"]) for held in b.states]
+            b.rates.extend(learning_rates(hyper, counts, b.params, b.dtype, b.layout))
+        return 1.0, 1 - b.rates[index] * hyper.weight_decay
     decay = 1 - lr * hyper.weight_decay
     return (lr * decay if hyper.official else lr), decay
 

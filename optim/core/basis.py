@@ -24,7 +24,7 @@ from . import codec, compact, linalg
 from .change import Change, Turn
 from .layout import ALONE, Layout
 from .spec import Axis, Spec
-from .together import stacked, summed
+from .together import reduced, stacked
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -164,10 +164,10 @@ class Dense(Basis):
 
     def changes(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> list[Change]:
         """Overlaps of old and new directions (r, r)."""
-        right = summed(layout.sum_cols, self._overlaps(held, [bases.basis for bases in new], "basis"))
+        right = reduced(layout.sum_cols, self._overlaps(held, [bases.basis for bases in new], "basis"))
         if not new or new[0].left is None:
             return [Turn(turn) for turn in right]
-        left = summed(layout.sum_rows, self._overlaps(held, [bases.left for bases in new], "basis_left"))
+        left = reduced(layout.sum_rows, self._overlaps(held, [bases.left for bases in new], "basis_left"))
         return [Turn(*turns) for turns in zip(right, left, strict=True)]
 
     def _overlaps(self, held: Sequence[State], new: Sequence[Tensor | None], name: str) -> list[Tensor]:

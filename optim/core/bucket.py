@@ -104,6 +104,8 @@ class Bucket:
     """Whether the basis was found in this step."""
     usable: list[Tensor] = field(default_factory=list)
     """Whether R was finite, 0-d each, known once it is made."""
+    rates: list[float | Tensor] = field(default_factory=list)
+    """Learning rates of an absolute rule, known once one is asked for."""
     stored: list[State] = field(default_factory=list)
     """The states as the optimizer keeps them, of which `states` are this rank's pieces; nothing for stacks."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...kernels import random
 from .basis import DENSE, Bases
-from .together import summed
+from .together import reduced
 
 if TYPE_CHECKING:
     from .projector import Find, Request
@@ -65,7 +65,7 @@ def _of_range(request: Request, position: int) -> Request:
 def _of_heads(search: Find, requests: Sequence[Request], rows: range, heads: int) -> list[Bases]:
     """Search in the chosen heads of some rows among those whose gradient is not zero; without any, keep the basis."""
     size, dtype, layout = len(rows) // heads, requests[0].scale.dtype, requests[0].layout
-    peaks = summed(layout.max_all, [_by_head(request, rows, heads, "amax").to(dtype) for request in requests])
+    peaks = reduced(layout.max_all, [_by_head(request, rows, heads, "amax").to(dtype) for request in requests])
     found, blocks = [_kept(request) for request in requests], {}
     for index, order in enumerate(_orders(requests, rows, heads)):
         alive = (peaks[index] >= torch.finfo(dtype).tiny).tolist()
@@ -122,7 +122,7 @@ def _orders(requests: Sequence[Request], rows: range, heads: int) -> list[list[i
     """All heads of every matrix, in the order in which they are taken."""
     how = "first" if requests[0].hyper is None else requests[0].hyper.head_select
     if how == "max_norm":
-        squares = summed(requests[0].layout.sum_all, [_by_head(request, rows, heads, "sum") for request in requests])
+        squares = reduced(requests[0].layout.sum_all, [_by_head(request, rows, heads, "sum") for request in requests])
         return [each.argsort(descending=True, stable=True).tolist() for each in squares]
     if how == "random":
         bits = (random.bits(random.mix(request.seed, 1), range(1), heads)[0] for request in requests)
@@ -142,14 +142,14 @@ def _kept(request: Request) -> Bases:
 
 
 def _all_rows(bases: Sequence[Tensor], request: Request) -> list[Tensor]:
-    """All rows of bases (s, b, r) where the projected side is sharded: each rank has its own, and they are summed."""
+    """All rows of bases (s, b, r) where the projected side is sharded: each rank has its own, and they are reduced."""
     if not request.layout.cols:
         return list(bases)
     mine = request.layout.projected(request.view)
     wholes = [each.new_zeros(len(each), request.whole.b, each.shape[2]) for each in bases]
     for whole, each in zip(wholes, bases, strict=True):
         whole[:, mine.start : mine.stop] = each
-    return summed(request.layout.sum_cols, wholes)
+    return reduced(request.layout.sum_cols, wholes)
 
 
 def frozen(heads: Any) -> Heads | None:

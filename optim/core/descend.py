@@ -13,7 +13,7 @@ from . import codec, counts, linalg, sides
 from .basis import Dense
 from .rules import RULES, Work
 from .spec import Spec
-from .together import batches, summed
+from .together import batches, reduced
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ def _products(
         image = (-low[index] if b.hyper.maximize else low[index]) / norms[index]  # Y, whatever sign the weights follow
         adjoint.append(linalg.product(b.matrix(index).T, image) / norms[index])
         captured.append(image.T @ image)
-    rows = summed(b.layout.sum_rows, [*adjoint, *captured])
+    rows = reduced(b.layout.sum_rows, [*adjoint, *captured])
     bases = [b.states[index]["basis"] for index in batch]
-    grams = summed(b.layout.sum_cols, [basis.T @ basis for basis in bases])
+    grams = reduced(b.layout.sum_cols, [basis.T @ basis for basis in bases])
     for index, z, s, y in zip(batch, rows, grams, rows[len(batch) :], strict=False):
         yield index, z, (s, y)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...kernels import pick
 from ...kernels.tiles import tiles
 from .layout import ALONE, Layout
-from .together import Make, summed
+from .together import Make, reduced
 
 
 def beta2(t: int, decay: float) -> float:
@@ -50,8 +50,8 @@ def _whole(
     if layout.alone:
         return pairs
     (m, n), sums = layout.shape, [(rows * local[-1], cols * local[-2]) for rows, cols in pairs]
-    of_rows = summed(layout.sum_cols, [rows for rows, _ in sums])
-    of_cols = summed(layout.sum_rows, [cols for _, cols in sums])
+    of_rows = reduced(layout.sum_cols, [rows for rows, _ in sums])
+    of_cols = reduced(layout.sum_rows, [cols for _, cols in sums])
     return [(rows / max(n, 1), cols / max(m, 1)) for rows, cols in zip(of_rows, of_cols, strict=True)]
 
 
@@ -64,7 +64,7 @@ def means(rows: Sequence[Tensor], layout: Layout = ALONE) -> list[Tensor]:
     """`mean` of the row statistics of some matrices."""
     if not layout.rows:
         return [row.mean(-1, keepdim=True) for row in rows]
-    sums = summed(layout.sum_rows, [row.sum(-1, keepdim=True) for row in rows])
+    sums = reduced(layout.sum_rows, [row.sum(-1, keepdim=True) for row in rows])
     return [total / layout.shape[0] for total in sums]
 
 
@@ -126,7 +126,7 @@ def rms(tensors: Sequence[Tensor | Make], layout: Layout = ALONE, dtype: torch.d
     found = [_square_sum(tensor, dtype) for tensor in tensors]
     squares, sizes = [square for square, _ in found], [size for _, size in found]
     if not layout.alone:
-        squares = summed(layout.sum_all, squares)
+        squares = reduced(layout.sum_all, squares)
     if layout.sharding is not None:
         sizes = [math.prod(layout.sharding.shape)] * len(sizes)
     return [square.sqrt() / math.sqrt(max(size, 1)) for square, size in zip(squares, sizes, strict=True)]

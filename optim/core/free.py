@@ -30,7 +30,7 @@ from .apply import count_step
 from .basis import DENSE
 from .bucket import Bucket
 from .plain import plain_
-from .together import summed
+from .together import reduced
 from .verbs import move_back_, scaled_rows
 
 FREE_RULES = ("signsgd", "sgd", "none", "freeze")
@@ -149,7 +149,7 @@ def _of_gradient(b: Bucket, index: int, sound: Tensor, free: Free) -> Scaled | S
 def _row_norms(b: Bucket, dtype: torch.dtype) -> list[Tensor]:
     """Norms of the rows (a,) of every gradient."""
     squares = [row_squares(b.matrix(index), dtype) for index in range(len(b.params))]
-    return [total.sqrt_() for total in summed(b.layout.sum_cols, squares)]
+    return [total.sqrt_() for total in reduced(b.layout.sum_cols, squares)]
 
 
 def _of_remainder(b: Bucket, index: int, low: Tensor, norms: Tensor, sound: Tensor, free: Free) -> Signed:

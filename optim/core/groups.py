@@ -65,7 +65,7 @@ class Groups(Optimizer):
 
     def _transient(self) -> None:
         """Set up what is derived and never saved."""
-        self._witness = Witness(getattr(self, "param_groups", None))
+        self._witness = Witness(getattr(self, "param_groups", None), getattr(self, "_witness", None))
         self._plans: list[Plan] = []
         self._plans_key: tuple[Any, ...] | None = None
         self._settled: dict[Tensor, dict[str, Spec]] = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...kernels import random
 from .layout import ALONE, Layout
-from .together import Sum, stacked, summed
+from .together import Sum, reduced, stacked
 
 NOISE = 200
 """Roundings by which columns are perturbed where they are orthonormalised without pivots."""
@@ -121,7 +121,7 @@ def range_finder(
         if not chosen:
             break
         adjoints = [product(matrices[i].T, images[i] / scales[i]) for i in chosen]
-        found = orthonormal(stacked(summed(layout.sum_rows, adjoints)), layout, first)
+        found = orthonormal(stacked(reduced(layout.sum_rows, adjoints)), layout, first)
         again = _images([matrices[i] for i in chosen], found, [scales[i] for i in chosen], layout)
         for i, q, image in zip(chosen, found, again, strict=True):
             columns[i], images[i] = q, image
@@ -140,7 +140,7 @@ def _images(
 ) -> list[Tensor]:
     """`A Q / scale` (a, l) of every matrix."""
     each = zip(matrices, columns, scales, strict=True)
-    return summed(layout.sum_cols, [product(matrix, thin / scale) for matrix, thin, scale in each])
+    return reduced(layout.sum_cols, [product(matrix, thin / scale) for matrix, thin, scale in each])
 
 
 def _energies(add: Sum, matrices: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
@@ -164,7 +164,7 @@ def ritz(
     Returns:
         The bases P (b x r), and `A P` (a x r).
     """
-    grams = stacked(summed(layout.sum_rows, [image.T @ image for image in images]))  # (k, l, l)
+    grams = stacked(reduced(layout.sum_rows, [image.T @ image for image in images]))  # (k, l, l)
     turned = list(zip(columns, images, eigenvectors(grams)[..., :rank], strict=True))
     return [q @ turn for q, _, turn in turned], [image @ turn for _, image, turn in turned]
 

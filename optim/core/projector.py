@@ -19,7 +19,7 @@ from .descend import DESCENDING
 from .flat import SINGLE
 from .layout import Layout
 from .seeded import SeededBasis
-from .together import stacked, summed
+from .together import reduced, stacked
 from .view import MatrixView
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _ranges(requests: Sequence[Request], width: int, mine: range) -> Tensor:
         kept, matrix = request.layout.kept(request.view), request.matrix
         omega = random.normal(request.seed, kept, width, matrix.device).to(request.scale.dtype)
         mixed.append(linalg.product(matrix.T, omega / request.scale))
-    return linalg.orthonormal(stacked(summed(layout.sum_rows, mixed)), layout, mine.start)
+    return linalg.orthonormal(stacked(reduced(layout.sum_rows, mixed)), layout, mine.start)
 
 
 def _warm(request: Request, old: Tensor, width: int, mine: range) -> Tensor:
@@ -147,7 +147,7 @@ def _warm(request: Request, old: Tensor, width: int, mine: range) -> Tensor:
 def _keep_signs(requests: Sequence[Request], bases: Sequence[Tensor], images: Sequence[Tensor]) -> None:
     """Signs are free: moments that keep their numbers need those of the basis in use."""
     warm = [(r.old, basis, image) for r, basis, image in zip(requests, bases, images, strict=True) if r.old is not None]
-    along = summed(requests[0].layout.sum_cols, [(old.to(basis.dtype) * basis).sum(0) for old, basis, _ in warm])
+    along = reduced(requests[0].layout.sum_cols, [(old.to(basis.dtype) * basis).sum(0) for old, basis, _ in warm])
     for (_, basis, image), inner in zip(warm, along, strict=True):
         signs = torch.where(inner < 0, -1.0, 1.0).to(basis.dtype)
         basis.mul_(signs)
@@ -162,7 +162,7 @@ def svd(requests: Sequence[Request]) -> list[Bases]:
         basis = linalg.exact_basis(matrix, request.view.rank, request.scale.double()).to(request.scale.dtype)
         bases.append(own_piece(Bases(basis), request.view, request.layout).basis)
     parts = [request.matrix.to(basis.dtype) @ basis for request, basis in zip(requests, bases, strict=True)]
-    return _bases(requests, bases, summed(requests[0].layout.sum_cols, parts))
+    return _bases(requests, bases, reduced(requests[0].layout.sum_cols, parts))
 
 
 def each(find: Callable[[Request], Bases]) -> Find:
@@ -191,7 +191,7 @@ def first_of_descent(requests: Sequence[Request]) -> list[Bases]:
 
 def cosines(requests: Sequence[Request]) -> list[Bases]:
     """The r columns of the fixed cosine matrix D that hold most of the gradient: the largest column norms of A D."""
-    energies = summed(requests[0].layout.sum_low, [_spectrum(request) for request in requests])
+    energies = reduced(requests[0].layout.sum_low, [_spectrum(request) for request in requests])
     return [Bases(energy.topk(requests[0].view.rank).indices.sort().values.int()) for energy in energies]
 
 
@@ -200,7 +200,7 @@ def _spectrum(request: Request) -> Tensor:
     scale, layout = request.scale, request.layout
     mine = layout.projected(request.view)
     matrix = random.cosines(request.whole.b, request.matrix.dtype, request.matrix.device)[mine.start : mine.stop]
-    image = linalg.product(request.matrix, matrix.to(scale.dtype) / scale)  # (a, b), summed as R is
+    image = linalg.product(request.matrix, matrix.to(scale.dtype) / scale)  # (a, b), reduced as R is
     return layout.reduce(image[None])[0].square().sum(0)
 
 

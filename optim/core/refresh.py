@@ -18,7 +18,7 @@ from .change import Change
 from .descend import descend_
 from .projector import Request, official_svd, own_piece
 from .state import INTERVAL
-from .together import stacked, summed
+from .together import reduced, stacked
 
 LAZIEST = 16
 """Largest multiple of `update_proj_gap` to which a lazy interval grows."""
@@ -150,7 +150,7 @@ def _track(b: Bucket, batch: list[int], low: Tensor) -> None:
         images = _images(b, matrices, [DENSE.read(b.states[index], b.dtype) for index in batch])  # A P (a, r)
     scales = layout.max_all(torch.stack([_largest(image) for image in images]))
     parts = zip(matrices, images, scales, strict=True)
-    adjoints = summed(layout.sum_rows, [linalg.product(matrix.T, image / scale) for matrix, image, scale in parts])
+    adjoints = reduced(layout.sum_rows, [linalg.product(matrix.T, image / scale) for matrix, image, scale in parts])
     tops = layout.max_cols(torch.stack([_largest(adjoint) for adjoint in adjoints]))
     sound = scales.isfinite() & tops.isfinite() & (scales >= torch.finfo(b.dtype).tiny)
     tops = torch.where(tops > 0, tops, 1.0)
@@ -176,7 +176,7 @@ def _track(b: Bucket, batch: list[int], low: Tensor) -> None:
 def _images(b: Bucket, matrices: Sequence[Tensor], bases: Sequence[Tensor] | Tensor) -> list[Tensor]:
     """`A P` (a, r) of every matrix."""
     pairs = zip(matrices, bases, strict=True)
-    return summed(b.layout.sum_cols, [linalg.product(matrix, basis) for matrix, basis in pairs])
+    return reduced(b.layout.sum_cols, [linalg.product(matrix, basis) for matrix, basis in pairs])
 
 
 def _old(b: Bucket, held: State) -> Tensor:

@@ -18,7 +18,7 @@ from .rule import Rule, Shape, Work
 if TYPE_CHECKING:
     from .hyper import Hyper
 
-__all__ = ["RULES", "Rule", "Work", "blockwise", "learning_rate", "single_eps"]
+__all__ = ["RULES", "Rule", "Work", "blockwise", "learning_rates", "single_eps"]
 
 
 class AdamW(Rule):
@@ -146,15 +146,10 @@ def _whiten(work: Work, counts: Sequence[int], hyper: Hyper) -> None:
         white.into(out)
 
 
-def learning_rate(hyper: Hyper, t: int, weight: Tensor, dtype: torch.dtype, layout: Layout = ALONE) -> float | Tensor:
-    """The learning rate of an absolute rule: relative step and parameter scale where the group asks for them."""
-    return learning_rates(hyper, [t], [weight], dtype, layout)[0]
-
-
 def learning_rates(
     hyper: Hyper, counts: Sequence[int], weights: Sequence[Tensor], dtype: torch.dtype, layout: Layout = ALONE
 ) -> list[float | Tensor]:
-    """`learning_rate` of weights of one shape, whose sums over pieces share a collective."""
+    """Rates of an absolute rule, of weights of one shape, with relative step and parameter scale where asked for."""
     lr, warms = hyper.lr, hyper.warmup_init
     rates = [factored.relative_step(t, lr, warmup_init=warms) if hyper.relative_step else lr for t in counts]
     if not hyper.scale_parameter:

@@ -18,7 +18,7 @@ Sum = Callable[[Tensor], Tensor]
 Make = Callable[[], Tensor]
 
 
-def summed(add: Sum, tensors: Sequence[Tensor]) -> list[Tensor]:
+def reduced(add: Sum, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Sum tensors of one dtype over ranks by one of a layout's sums, in one collective.
 
     Args:

@@ -24,11 +24,20 @@ class Witness:
 
     Args:
         groups: The list of groups of an optimizer.
+        before: What was known of the groups in whose places these are, as where a state dict was loaded.
     """
 
-    def __init__(self, groups: list[dict[str, Any]] | None = None) -> None:
+    def __init__(self, groups: list[dict[str, Any]] | None = None, before: Witness | None = None) -> None:
         self._groups = groups
-        self._wide: set[int] = set()
+        known = set() if before is None else before.places()
+        self._wide = [group for place, group in enumerate(groups or []) if place in known or _has_matrices(group)]
+
+    def places(self) -> set[int]:
+        """Where the groups are that had matrices."""
+        return {place for place, group in enumerate(self._groups or []) if self._knows(group)}
+
+    def _knows(self, group: dict[str, Any]) -> bool:
+        return any(group is known for known in self._wide)
 
     def add(self, groups: list[dict[str, Any]], *, explicit: bool) -> None:
         """Take note of the group that was added last.
@@ -45,8 +54,8 @@ class Witness:
         if explicit:
             _check_vectors(group)
         self._groups = groups
-        if any(param.ndim > 1 for param in group["params"]):
-            self._wide.add(id(group))
+        if _has_matrices(group):
+            self._wide.append(group)
 
     def check(self, groups: list[dict[str, Any]]) -> None:
         """Tell whether groups are what they were.
@@ -56,7 +65,7 @@ class Witness:
                 the optimizer, which would drop the state of their parameters.
         """
         for group in groups:
-            if id(group) in self._wide:
+            if self._knows(group):
                 _check_vectors(group)
         if self._groups is not None and groups is not self._groups and len(groups) < len(self._groups):
             raise ValueError(
@@ -80,9 +89,13 @@ def _check_partitioned(group: Group) -> None:
         )
 
 
+def _has_matrices(group: Group) -> bool:
+    return any(param.ndim > 1 for param in group["params"])
+
+
 def _check_vectors(group: Group) -> None:
     found = _for_matrices(group)
-    if found is None or not group["params"] or any(param.ndim > 1 for param in group["params"]):
+    if found is None or not group["params"] or _has_matrices(group):
         return
     what, advice, remedy = found
     largest = max(group["params"], key=lambda param: param.numel())
