@@ -13,10 +13,11 @@ from ..kernels import EVERYWHERE
 from ..kernels.rounding import ROUNDINGS, Target
 from ..kernels.tiles import tiles
 from .core import codec
-from .core.adafactor import Options, Size, check_update, count_step, sizes, specs, whiten
+from .core.adafactor import Options, Size, check_update, sizes, specs, whiten
 from .core.apply import move_
 from .core.bucket import Bucket
 from .core.codec import State
+from .core.counts import tally
 from .core.factored import Whitened
 from .core.hyper import scalar
 from .core.lifecycle import Lifecycle
@@ -203,7 +204,7 @@ class Adafactor(Lifecycle):
 
 
 def _step(b: Bucket, o: Options) -> None:
-    counts, eps1 = count_step(b), o.eps1(b.params[0].dtype)
+    counts, eps1 = tally(b.states), o.eps1(b.params[0].dtype)
     white = whiten(b.grads, b.states, counts, o, eps1, b.layout)  # U_t = G / sqrt(V_t)
     if o.beta1 is not None or not isinstance(white[0], Whitened) or white[0].grad.ndim != 2:
         white = [Recipe(make, keep=b.layout.alone) for make in white]

@@ -15,6 +15,7 @@ from ..kernels.rounding import ROUNDINGS
 from .core import adafactor, codec
 from .core.bucket import Bucket
 from .core.codec import State
+from .core.counts import tally
 from .core.hyper import scalar
 from .core.lifecycle import Lifecycle
 from .core.linalg import product_in
@@ -198,7 +199,7 @@ class Flora(Lifecycle):
 def _compressed(b: Bucket, o: Options) -> None:
     layout, beta1, every = b.layout, o.beta1 or 0.0, range(len(b.params))
     gemm = b.params[0].dtype if b.params[0].dtype == torch.bfloat16 else b.dtype
-    counts = adafactor.count_step(b)
+    counts = tally(b.states)
     white = whiten(b, counts, o)  # U_t = G_t / sqrt(V_t)                                              (m, n)
     places = zip(b.positions, counts, strict=True)
     now = [SeededBasis.of(b.whole, o.distribution, o.seed, at, t // o.update_proj_gap) for at, t in places]
@@ -225,7 +226,7 @@ def _compressed(b: Bucket, o: Options) -> None:
 
 
 def _plain(b: Bucket, o: Options) -> None:
-    counts = adafactor.count_step(b)
+    counts = tally(b.states)
     updates = whiten(b, counts, o)
     if o.beta1 is not None:
         averages = (partial(_average, make, held, o) for make, held in zip(updates, b.states, strict=True))

@@ -75,18 +75,9 @@ def check_update(group: dict[str, Any]) -> None:
     check_factored(group)
 
 
-def count_step(b: Bucket) -> list[int]:
-    """Advance the step count of every parameter and return the new counts."""
-    torch._foreach_add_([held["step"] for held in b.states], 1)
-    return [int(held["step"]) for held in b.states]
-
-
 def sizes(b: Bucket, counts: Sequence[int], updates: Sequence[Make], o: Options) -> list[Size]:
     """`alpha_t` of parameters of one shape, device scalars where the parameter scale is in it, and their clipping."""
-    alphas = [factored.relative_step(t, o.lr, warmup_init=o.warmup_init) if o.relative_step else o.lr for t in counts]
-    if o.scale_parameter:
-        scales = factored.parameter_scales(b.params, o.eps[1], b.dtype, b.layout)
-        alphas = [alpha * scale for alpha, scale in zip(alphas, scales, strict=True)]
+    alphas = factored.learning_rates(o, counts, b.params, o.eps[1], b.dtype, b.layout)
     clips = factored.clip_factors(updates, o.clip_threshold, b.layout)
     return list(zip(alphas, clips, strict=True))
 

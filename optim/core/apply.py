@@ -15,14 +15,13 @@ from . import codec, counts
 from .bucket import Bucket
 from .rules import Work, learning_rates
 
+EXACT = ("float32", "float64")
+"""Values of `state_dtype` that are at least as wide as the working dtype: nothing of them is rounded."""
+
 
 def count_step(b: Bucket) -> list[Count]:
     """Advance the step count of every parameter and return the new counts."""
     return counts.advance(b.states, b.hyper)
-
-
-EXACT = ("float32", "float64")
-"""Values of `state_dtype` that are at least as wide as the working dtype: nothing of them is rounded."""
 
 
 def run_rule(b: Bucket, stored: Work, keys: Sequence[tuple[Seed, ...]]) -> None:
@@ -64,8 +63,8 @@ def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
         if not hyper.weight_decay:
             return 1.0, 1.0
         if not b.rates:  # of all, before one of the weights has moved
-            counts = [int(held["step"]) for held in b.states]
-            b.rates.extend(learning_rates(hyper, counts, b.params, b.dtype, b.layout))
+            steps = [int(held["step"]) for held in b.states]
+            b.rates.extend(learning_rates(hyper, steps, b.params, b.dtype, b.layout))
         return 1.0, 1 - b.rates[index] * hyper.weight_decay
     decay = 1 - lr * hyper.weight_decay
     return (lr * decay if hyper.official else lr), decay

@@ -26,6 +26,15 @@ def spec(param: Tensor, hyper: Hyper) -> Spec:
 
 def advance(states: Sequence[dict[str, Tensor]], hyper: Hyper, name: str = "step") -> list[Count]:
     """Count a step in every state and return the new counts, without asking the device for them."""
+    if not hyper.capturable:
+        return [*tally(states, name)]
     counts = [held[name] for held in states]
     torch._foreach_add_(counts, 1)
-    return list(counts) if hyper.capturable else [int(count) for count in counts]
+    return [*counts]
+
+
+def tally(states: Sequence[dict[str, Tensor]], name: str = "step") -> list[int]:
+    """The same of counts on the host, which are read."""
+    counts = [held[name] for held in states]
+    torch._foreach_add_(counts, 1)
+    return [int(count) for count in counts]

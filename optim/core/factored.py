@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -160,3 +161,39 @@ def parameter_scales(
 ) -> list[Tensor]:
     """`max(eps2, rms(X))` of some weights, 0-d each in the working dtype."""
     return [root.clamp_(min=floor) for root in rms([weight.detach() for weight in weights], layout, dtype)]
+
+
+class Rated(Protocol):
+    """Options of a group from which learning rates follow."""
+
+    @property
+    def lr(self) -> float | Tensor:
+        """The rate, or the cap of a relative one."""
+
+    @property
+    def relative_step(self) -> bool:
+        """Whether it falls with the step."""
+
+    @property
+    def warmup_init(self) -> bool:
+        """Whether it then begins near zero."""
+
+    @property
+    def scale_parameter(self) -> bool:
+        """Whether it is multiplied by the size of the weight."""
+
+
+def learning_rates(
+    o: Rated,
+    counts: Sequence[int],
+    weights: Sequence[Tensor],
+    floor: float,
+    dtype: torch.dtype,
+    layout: Layout = ALONE,
+) -> list[float | Tensor]:
+    """`alpha_t` of weights of one shape, device scalars where the parameter scale, at least `floor`, is in it."""
+    rates = [relative_step(t, o.lr, warmup_init=o.warmup_init) if o.relative_step else o.lr for t in counts]
+    if not o.scale_parameter:
+        return rates
+    scales = parameter_scales(weights, floor, dtype, layout)
+    return [rate * scale for rate, scale in zip(rates, scales, strict=True)]

@@ -149,13 +149,8 @@ def _whiten(work: Work, counts: Sequence[int], hyper: Hyper) -> None:
 def learning_rates(
     hyper: Hyper, counts: Sequence[int], weights: Sequence[Tensor], dtype: torch.dtype, layout: Layout = ALONE
 ) -> list[float | Tensor]:
-    """Rates of an absolute rule, of weights of one shape, with relative step and parameter scale where asked for."""
-    lr, warms = hyper.lr, hyper.warmup_init
-    rates = [factored.relative_step(t, lr, warmup_init=warms) if hyper.relative_step else lr for t in counts]
-    if not hyper.scale_parameter:
-        return rates
-    scales = factored.parameter_scales(weights, _pair(hyper.eps)[1], dtype, layout)
-    return [rate * scale for rate, scale in zip(rates, scales, strict=True)]
+    """Rates of an absolute rule, of weights of one shape."""
+    return factored.learning_rates(hyper, counts, weights, _pair(hyper.eps)[1], dtype, layout)
 
 
 def blockwise(hyper: Hyper, seeds: Sequence[Seed]) -> reference.Blockwise:

@@ -19,10 +19,10 @@ Make = Callable[[], Tensor]
 
 
 def reduced(add: Sum, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Sum tensors of one dtype over ranks by one of a layout's sums, in one collective.
+    """Reduce tensors of one dtype over ranks by one of a layout's sums or maxima, in one collective.
 
     Args:
-        add: `Layout.sum_rows`, `sum_cols`, `sum_all`, ...
+        add: `Layout.sum_rows`, `sum_cols`, `max_all`, ...
         tensors: This rank's parts, of any shapes.
     """
     if len(tensors) < 2:
