@@ -115,10 +115,7 @@ def adamw_blockwise_(
         else:
             step = torch.empty(part.weight.shape, device=part.weight.device)
             adam([grad[rows, cols]], ([blocks[0]], [blocks[1]]), [t], [step], how)
-        value = part.weight if part.exact else part.read()
-        value.mul_(decay).sub_(step.mul_(lr))
-        if not part.exact:
-            part.write(value)
+        part.write(part.edit().mul_(decay).sub_(step.mul_(lr)))
 
 
 def _adam_tile(

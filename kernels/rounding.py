@@ -105,6 +105,10 @@ class Target:
             return join(self.weight, self.correction)
         return self.weight.to(self.work, copy=True)
 
+    def edit(self) -> Tensor:
+        """The value of the weight, to be changed in place and then written: the weight itself where it is exact."""
+        return self.weight if self.exact else self.read()
+
     def write(self, value: Tensor) -> None:
         """Write a value in the working dtype; it may be overwritten. A mode that `check` refuses is an error."""
         self.check()

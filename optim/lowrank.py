@@ -154,8 +154,7 @@ def _descend_(b: Bucket, pair: tuple[Tensor, Tensor], sound: Tensor | None, grou
     kind, (step, low) = group["residual"], pair
     if kind in NORM:
         how = Scaling.of(group, leak=1.0 if kind == "norm" else 0.0)
-        phi = residual.growth(b, step, low, by_row=how.by_row)
-        phi = residual.limited(b, phi, low, how)
+        phi = residual.factors(b, step, low, how)
         if kind == "norm":
             step.addcmul_(phi[..., None], low, value=-1.0)  # N - phi o R
             project_back_(b, step, rows=phi)

@@ -72,9 +72,7 @@ def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
 
 def move_(target: Target, update: Tensor, decay: float | Tensor = 1.0) -> None:
     """`W <- decay W - U` (m, n), U in the working dtype, rounded once."""
-    value = target.weight if target.exact else target.read()
+    value = target.edit()
     if isinstance(decay, Tensor) or decay != 1.0:
         value.mul_(decay)
-    value.sub_(update)
-    if not target.exact:
-        target.write(value)
+    target.write(value.sub_(update))

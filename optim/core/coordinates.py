@@ -64,14 +64,16 @@ class Index(Basis):
         (here, chosen), (decay, alpha, _, residual) = _among(held["basis"], step.mine), step.move
         direction = direction if here is None else direction[:, here]
         columns = target.select(chosen, 0 if step.transposed else 1)
-        value = columns.read().mul_(decay)  # (a, r), or its transpose as all that follows
+        value = columns.edit()  # (a, r), or its transpose as all that follows
+        if isinstance(decay, Tensor) or decay != 1.0:
+            value.mul_(decay)
         moved = direction.T if step.transposed else direction
         if isinstance(residual, Scaled):
             there = Scaled(select(residual.grad, chosen, 0 if step.transposed else 1), residual.factors)
             moved = moved + scaled(there, value.dtype)
         if residual is not None or isinstance(decay, Tensor) or decay != 1.0:
             step.rest(target)
-        columns.write(value.add_(moved * alpha))
+        columns.write(value.add_(moved * alpha) if isinstance(alpha, Tensor) else value.add_(moved, alpha=alpha))
         target.put(columns, chosen, 0 if step.transposed else 1)
 
 

@@ -72,62 +72,47 @@ def check(group: Mapping[str, Any]) -> None:
         )
 
 
-def growth(b: Bucket, step: Tensor, low: Tensor, *, by_row: bool) -> Tensor:
-    """How much the rule magnified the gradient: `phi_i = |N_i| / |R_i|` for rows of R, or one for the matrix.
+def factors(b: Bucket, step: Tensor, low: Tensor, how: Scaling) -> Tensor:
+    """How much the rule magnified the gradient, its growth limited: factors of the rows of A, (k, a), or (k, 1).
 
     Args:
         b: The bucket.
         step: N (k, a, r).
         low: R (k, a, r).
-        by_row: One factor a row (k, a), else one a matrix (k, 1).
+        how: The scaling.
     """
-    ratio: Tensor
-    if by_row:
-        ratio = torch.linalg.vector_norm(step, dim=2) / (torch.linalg.vector_norm(low, dim=2) + TINY)
-        return ratio
-    norms = [torch.linalg.vector_norm(part, dim=(1, 2)) for part in (step, low)]
-    if b.layout.low:
-        norms = list(b.layout.sum_low(torch.stack(norms).square()).sqrt())
-    ratio = norms[0] / (norms[1] + TINY)
-    return ratio[:, None]
+    rows = torch.linalg.vector_norm(low, dim=2)  # |R_i|  (k, a)
+    return _limited(b, _growth(b, step, rows, by_row=how.by_row), rows, how)
 
 
-def residual_squares(b: Bucket, low: Tensor, share: float = 1.0) -> Tensor:
+def _growth(b: Bucket, step: Tensor, rows: Tensor, *, by_row: bool) -> Tensor:
+    """`phi_i = |N_i| / |R_i|` for rows of R (k, a), or one for the matrix (k, 1)."""
+    norms = [torch.linalg.vector_norm(step, dim=2), rows]
+    if not by_row:
+        norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in norms]
+        if b.layout.low:
+            norms = list(b.layout.sum_low(torch.stack(norms).square()).sqrt())
+    ratio: Tensor = norms[0] / (norms[1] + TINY)
+    return ratio
+
+
+def _squares(b: Bucket, rows: Tensor, share: float) -> Tensor:
     """Squared row norms of `A - beta R P^T`, (k, a): by Pythagoras `|A_i|^2 - share |R_i|^2`.
 
     With `share = 2 beta - beta^2`. A two-sided projection has only the sum over all rows, (k, 1). Rounding below zero
     is cut off.
     """
-    view = b.view
     whole = torch.stack([row_squares(b.matrix(index), b.dtype) for index in range(len(b.params))])  # (k, a)
-    low_squares = low.square().sum(dim=2)
-    if view.full:
-        whole, low_squares = whole.sum(1, keepdim=True), low_squares.sum(1, keepdim=True)
+    low = rows.square()
+    if b.view.full:
+        whole, low = whole.sum(1, keepdim=True), low.sum(1, keepdim=True)
     whole = b.layout.reduce(whole[..., None])[..., 0]  # (k, a), those of R's rows
-    return whole.sub_(low_squares, alpha=share).clamp_(min=0.0)
+    return whole.sub_(low, alpha=share).clamp_(min=0.0)
 
 
-def limit_growth(norm: Tensor, last: Tensor, gamma: float, unset: Tensor) -> Tensor:
-    """Divisor that keeps a norm from growing faster than gamma: `L = max(|S| / s, gamma) / gamma`, then `s = |S| / L`.
-
-    Args:
-        norm: |S| of this step, 0-d.
-        last: s, the limited norm of the step before, 0-d; updated unless the new one is not finite.
-        gamma: Largest growth in a step.
-        unset: Whether there is no s yet, 0-d bool; then nothing is limited.
-    """
-    divisor = torch.where(unset, 1.0, (norm / (last + TINY)).clamp(min=gamma) / gamma)
-    limited = norm / divisor
-    last.copy_(torch.where(limited.isfinite(), limited, last))
-    return divisor
-
-
-def limited(b: Bucket, phi: Tensor, low: Tensor, how: Scaling) -> Tensor:
-    """Divide phi by the growth limiter's L, and silence it for gradients that are not finite.
-
-    The authors' limiter sees N before bias correction.
-    """
-    squares = residual_squares(b, low, 2 * how.leak - how.leak**2)
+def _limited(b: Bucket, phi: Tensor, rows: Tensor, how: Scaling) -> Tensor:
+    """Divide phi by the growth limiter's L, and silence it for gradients that are not finite."""
+    squares = _squares(b, rows, 2 * how.leak - how.leak**2)
     bad = ~squares.sum(1).isfinite()  # (k,): a bad gradient has no residual
     phi.masked_fill_(bad[:, None], 0.0)
     norms = (phi.square() * squares.nan_to_num_()).sum(1)  # |S|^2  (k,)
@@ -137,17 +122,49 @@ def limited(b: Bucket, phi: Tensor, low: Tensor, how: Scaling) -> Tensor:
         norms = norms.masked_fill(verdicts > 0, 0.0)
     elif how.gamma is not None:
         norms = b.layout.sum_low(norms)
-    if how.gamma is None:
-        return phi
-    norms = norms.sqrt()
-    for index, held in enumerate(b.states):
-        t, (beta1, beta2) = int(held["step"]) if b.hyper.official else 0, b.hyper.betas
-        corrected = b.hyper.official and b.hyper.correct_bias and b.hyper.rule == "adamw"
-        raw = (1 - beta1**t) / (1 - beta2**t) ** 0.5 if corrected else 1.0
-        last = held[LIMIT]
-        unset = torch.full_like(last, t == 1).bool() if b.hyper.official else ~((last > 0) & last.isfinite())
-        phi[index] /= limit_growth(norms[index] * raw, last, how.gamma, unset)
-    return phi
+    return phi if how.gamma is None else phi.div_(_divisors(b, norms.sqrt(), how.gamma)[:, None])
+
+
+def _divisors(b: Bucket, norms: Tensor, gamma: float) -> Tensor:
+    """Divisors L (k,) that keep norms |S| from growing faster than gamma, and the new s into the state.
+
+    The authors' limiter sees N before bias correction, and takes s for unset in the first step alone.
+    """
+    held = [state[LIMIT] for state in b.states]
+    last = torch.stack(held)
+    if b.hyper.official:
+        counts = [int(state["step"]) for state in b.states]
+        norms = torch.stack([norm * _uncorrected(b, t) for norm, t in zip(norms, counts, strict=True)])
+        unset = torch.stack([torch.full_like(one, t == 1) for one, t in zip(held, counts, strict=True)]) > 0
+    else:
+        unset = ~((last > 0) & last.isfinite())
+    divisors, limited = limit_growth(norms, last, gamma, unset)
+    torch._foreach_copy_(held, list(limited.unbind()))
+    return divisors
+
+
+def _uncorrected(b: Bucket, t: int) -> float:
+    """What bias correction divided N by in step t."""
+    beta1, beta2 = b.hyper.betas
+    corrected = b.hyper.correct_bias and b.hyper.rule == "adamw"
+    return (1 - beta1**t) / (1 - beta2**t) ** 0.5 if corrected else 1.0
+
+
+def limit_growth(norms: Tensor, last: Tensor, gamma: float, unset: Tensor) -> tuple[Tensor, Tensor]:
+    """Fira's limiter, `L = max(|S| / s, gamma) / gamma` and `s <- |S| / L`.
+
+    Args:
+        norms: |S| of this step (k,).
+        last: s, the limited norms of the step before (k,).
+        gamma: Largest growth in a step.
+        unset: Whether there is no s yet (k,); then nothing is limited.
+
+    Returns:
+        L, and the new s; the old one where it would not be finite.
+    """
+    divisors = torch.where(unset, 1.0, (norms / (last + TINY)).clamp(min=gamma) / gamma)
+    limited = norms / divisors
+    return divisors, torch.where(limited.isfinite(), limited, last)
 
 
 def limit_spec(param: Tensor) -> dict[str, Spec]:
