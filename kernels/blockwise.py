@@ -72,7 +72,7 @@ def dequantise(blocks: Blocks, form: Format, *, signed: bool) -> Tensor:
     ]
     if len(parts) == 1:
         return parts[0]
-    return torch.cat(parts, dim=1) if parts else torch.empty(blocks.codes.shape, device=blocks.codes.device)
+    return torch.cat(parts, dim=1) if parts else blocks.scale.new_empty(blocks.codes.shape)
 
 
 def decode(codes: Tensor, form: Format, *, signed: bool) -> Tensor:
@@ -80,9 +80,9 @@ def decode(codes: Tensor, form: Format, *, signed: bool) -> Tensor:
     if form.name == "dynamic":
         return dynamic_map(signed, str(codes.device))[codes.int()]
     if signed:
-        unit = codes * (1 / 127)
+        unit = codes.float().mul_(1 / 127)
         return unit.abs().mul_(unit)
-    return _fourth_power(codes * (1 / 255))
+    return _fourth_power(codes.float().mul_(1 / 255))
 
 
 def quantise_(
@@ -163,9 +163,10 @@ def dynamic_map(signed: bool, device: str = "cpu") -> Tensor:
     A signed one splits 10^(i-7) .. 10^(i-6) into 2^i cells on either side of zero, an unsigned one into 2^(i+1); zero
     and one make it 256.
     """
-    values = [torch.zeros(1), torch.ones(1)]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for decade in range(7):  # in fp32 from the start, as bitsandbytes' values are
-        edges = torch.linspace(0.1, 1.0, (1 << decade if signed else 2 << decade) + 1)
+        cells = 1 << decade if signed else 2 << decade
+        edges = torch.linspace(0.1, 1.0, cells + 1, dtype=torch.float32, device="cpu")
         middle = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)
         values += [middle, -middle] if signed else [middle]
     return torch.cat(values).sort().values.to(device)
@@ -187,7 +188,7 @@ def _nearest(unit: Tensor, signed: bool) -> Tensor:
 def borders(signed: bool, device: str) -> tuple[Tensor, Tensor]:
     """Borders between codes (256,), the last one infinite, and the code of the least value of every cell (2^16,)."""
     table = dynamic_map(signed, "cpu").double()
-    edges = torch.cat([(table[1:] + table[:-1]).div(2).float(), torch.tensor([torch.inf])])
-    pattern = torch.arange(1 << 16, dtype=torch.int32) << 16
+    edges = torch.cat([(table[1:] + table[:-1]) / 2, table.new_tensor([torch.inf])]).float()
+    pattern = torch.arange(1 << 16, dtype=torch.int32, device="cpu") << 16
     ends = torch.stack([pattern, pattern | 0xFFFF]).view(torch.float32).nan_to_num()
     return edges.to(device), torch.bucketize(ends.amin(0), edges[:-1], out_int32=True).to(device)

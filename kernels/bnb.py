@@ -63,7 +63,7 @@ def dequantise(blocks: Blocks, form: Format, *, signed: bool) -> Tensor:
         ImportError: bitsandbytes is missing or too old.
     """
     _check(form, blocks.codes)
-    out = torch.empty(blocks.codes.shape, device=blocks.codes.device)
+    out = blocks.scale.new_empty(blocks.codes.shape)
     for rows, cols in tiles(out, TILE):
         out[rows, cols] = _decode(blocks.part(rows, cols, form), signed)
     return out

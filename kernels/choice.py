@@ -1,4 +1,4 @@
-"""Rows and columns of a matrix by number, as fast as the order of its memory allows."""
+"""Rows, columns and entries of a matrix by number, as fast as the order of its memory allows."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ def put_(matrix: Tensor, index: Tensor, dim: int, values: Tensor) -> None:
         matrix.index_copy_(0, index, values)
     else:
         _bits(matrix).scatter_(1, index.expand(len(matrix), -1), _bits(values))
+
+
+def put_at_(matrix: Tensor, index: Tensor, values: Tensor) -> None:
+    """Write entries (k,) at different flat indices; torch's `put_` has no deterministic form."""
+    if matrix.is_contiguous():
+        matrix.view(-1).scatter_(0, index, values)
+    else:
+        matrix[index // matrix.shape[1], index % matrix.shape[1]] = values
 
 
 def _bits(matrix: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def adamw_blockwise_(
     how: Blockwise,
 ) -> None:
     """Compute `lowmem.kernels.reference.adamw_blockwise_` for companded moments, in pieces of bounded size."""
-    numbers, rates = _numbers(t, how), torch.tensor([float(lr), float(decay)], dtype=target.work)
+    numbers, rates = _numbers(t, how), torch.tensor([float(lr), float(decay)], dtype=target.work, device="cpu")
     target.check()
     mode = "nearest" if target.exact else target.mode
     for rows, cols in _pieces(grad):
@@ -134,7 +134,8 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _numbers(t: int, how: Blockwise) -> Tensor:
     b1, b2 = how.betas
     root = (1 - b2**t) ** 0.5
-    return torch.tensor([1 - b1, b2, 1 - b2, 1 - b1**t, root, how.eps / root if how.raw_eps else how.eps])
+    numbers = [1 - b1, b2, 1 - b2, 1 - b1**t, root, how.eps / root if how.raw_eps else how.eps]
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
 def _pieces(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -172,6 +173,6 @@ def _places(seed: random.Seed, rows: slice, cols: slice, first: tuple[int, int] 
 
     `first` is the row and column of the whole weight where the matrix begins.
     """
-    starts = torch.arange(cols.start, cols.stop, COMPANDED.block, dtype=torch.int32) + first[1]
+    starts = torch.arange(cols.start, cols.stop, COMPANDED.block, dtype=torch.int32, device="cpu") + first[1]
     keys = random.row_keys(seed, range(first[0] + rows.start, first[0] + rows.stop))  # (rows, 1)
     return keys.repeat_interleave(len(starts), 0).data, starts[:, None].repeat(len(keys), 1)

@@ -68,7 +68,8 @@ def _launches(counts: Sequence[Count], out: list[Tensor]) -> Iterator[tuple[list
     for t in set(counts):
         chosen = [i for i, count in enumerate(counts) if count == t]
         # full() gets it there without a synchronisation.
-        yield chosen, [torch.full((), float(t), device=out[chosen[0]].device)] * len(chosen), t
+        count = torch.full((), float(t), dtype=torch.float32, device=out[chosen[0]].device)
+        yield chosen, [count] * len(chosen), t
 
 
 def _number(t: Count) -> int:
@@ -113,7 +114,7 @@ def adamw_blockwise_(
         if adam is None:
             step = _adam_tile(grad[rows, cols], blocks, (t, how.seeds[0], (rows.start, cols.start)), how)
         else:
-            step = torch.empty(part.weight.shape, device=part.weight.device)
+            step = torch.empty(part.weight.shape, dtype=torch.float32, device=part.weight.device)
             adam([grad[rows, cols]], ([blocks[0]], [blocks[1]]), [t], [step], how)
         part.write(part.edit().mul_(decay).sub_(step.mul_(lr)))
 

@@ -89,7 +89,7 @@ def normal(seed: int, rows: int | range, cols: int, device: Device = "cpu") -> T
     The table has mean 0 and variance 1 exactly, and ends at 4.17 standard deviations.
     """
     rows, table = _range(rows), quantiles(str(device))
-    out = torch.empty((len(rows), cols), device=device)
+    out = torch.empty((len(rows), cols), dtype=torch.float32, device=device)
     for part, target in _blocks(rows, out):
         words = bits(seed, part, (cols + 1) // 2, device)
         pairs = torch.stack([words & 0xFFFF, words >> 16], dim=-1).flatten(1)  # (rows, cols or cols + 1)
@@ -100,7 +100,7 @@ def normal(seed: int, rows: int | range, cols: int, device: Device = "cpu") -> T
 def signs(seed: int, rows: int | range, cols: int, device: Device = "cpu") -> Tensor:
     """Return -1 or 1 with equal probability in fp32, shape (rows, cols), 32 columns a word."""
     rows, table = _range(rows), _byte_signs(str(device))
-    out = torch.empty((len(rows), cols), device=device)
+    out = torch.empty((len(rows), cols), dtype=torch.float32, device=device)
     for part, target in _blocks(rows, out, 8):
         octets = bits(seed, part, (cols + 31) // 32, device).to(torch.int32).view(torch.uint8)  # lowest bits first
         target.copy_(table.index_select(0, octets.flatten().int()).view(len(part), -1)[:, :cols])
@@ -153,8 +153,9 @@ def angles(size: int, rank: int, device: str) -> Tensor:
 
     The last one is that of the constant column.
     """
-    table = torch.cos(torch.arange(4 * size, dtype=torch.float64) * (math.pi / (2 * size))) * math.sqrt(2 / rank)
-    return torch.cat([table, torch.tensor([rank**-0.5], dtype=torch.float64)]).float().to(device)
+    angle = torch.arange(4 * size, dtype=torch.float64, device="cpu") * (math.pi / (2 * size))
+    table = torch.cos(angle) * math.sqrt(2 / rank)
+    return torch.cat([table, table.new_tensor([rank**-0.5])]).float().to(device)
 
 
 def cosines(size: int, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
@@ -164,9 +165,9 @@ def cosines(size: int, dtype: torch.dtype, device: Device = "cpu") -> Tensor:
 
 @lru_cache(maxsize=8)
 def _cosines(size: int, dtype: torch.dtype, device: str) -> Tensor:
-    table = torch.cos(torch.arange(4 * size, dtype=torch.float64) * (math.pi / (2 * size)))
-    odd, col = 2 * torch.arange(size)[:, None] + 1, torch.arange(size)[None, :]
-    matrix = table[odd * col % (4 * size)].mul_(math.sqrt(2 / size))
+    table = torch.cos(torch.arange(4 * size, dtype=torch.float64, device="cpu") * (math.pi / (2 * size)))
+    col = torch.arange(size, device="cpu")
+    matrix = table[(2 * col[:, None] + 1) * col % (4 * size)].mul_(math.sqrt(2 / size))
     matrix[:, 0] = math.sqrt(1 / size)
     return matrix.to(device=device, dtype=dtype)
 
@@ -174,7 +175,7 @@ def _cosines(size: int, dtype: torch.dtype, device: str) -> Tensor:
 @lru_cache(maxsize=8)
 def quantiles(device: str = "cpu") -> Tensor:
     """Return the 2^16 equally likely values of `normal`, ascending fp32."""
-    middle = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
+    middle = (torch.arange(1 << 16, dtype=torch.float64, device="cpu") + 0.5) / (1 << 16)
     table: Tensor = torch.special.ndtri(middle)
     table = (table - table.flip(0)) / 2  # exactly odd
     return (table / table.square().mean().sqrt()).float().to(device)
@@ -183,8 +184,8 @@ def quantiles(device: str = "cpu") -> Tensor:
 @lru_cache(maxsize=8)
 def _byte_signs(device: str) -> Tensor:
     """The eight signs of every byte, (256, 8)."""
-    octets = torch.arange(256)[:, None] >> torch.arange(8)
-    return (2.0 * (octets & 1) - 1.0).to(device)
+    octets = torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu")
+    return ((octets & 1) * 2 - 1).float().to(device)
 
 
 def _range(rows: int | range) -> range:

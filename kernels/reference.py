@@ -227,6 +227,6 @@ def adamw_blockwise_(
     how: Blockwise,
 ) -> None:
     """AdamW on one weight (rows, cols) whose moments are coded: `W <- decay W - lr N`, N of `adam_blockwise`."""
-    step = torch.empty(grad.shape, device=grad.device)
+    step = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
     adam_blockwise([grad.float()], ([moments[0]], [moments[1]]), [t], [step], how)
     target.write(target.read() * decay - step * lr)

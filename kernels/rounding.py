@@ -90,9 +90,9 @@ class Target:
 
     def put_at(self, selection: Target, index: Tensor) -> None:
         """Write entries of `take` back."""
-        self.weight.put_(index, selection.weight)
+        choice.put_at_(self.weight, index, selection.weight[0])
         if self.correction is not None and selection.correction is not None:
-            self.correction.put_(index, selection.correction)
+            choice.put_at_(self.correction, index, selection.correction[0])
 
     def _copy(self, choose: Callable[[Tensor], Tensor], cells: tuple[Tensor, Tensor] | None) -> Target:
         correction = None if self.correction is None else choose(self.correction)

@@ -127,7 +127,7 @@ def decode_blocks(
 
 def dequantise(blocks: Blocks, form: Format, *, signed: bool) -> Tensor:
     """Compute `lowmem.kernels.blockwise.dequantise` in one launch, for codes of any strides."""
-    out = torch.empty(blocks.codes.shape, device=blocks.codes.device)
+    out = blocks.scale.new_empty(blocks.codes.shape)
     if out.numel():
         table = tables(str(out.device))[0 if signed else 256 :]
         decode_blocks[_grid(out, form)](

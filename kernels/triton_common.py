@@ -122,9 +122,10 @@ def pack(device: torch.device, numbers: Sequence[float | Tensor], words: Sequenc
 
     What is a tensor on the device stays there. While a CUDA graph is captured the others are constants of it.
     """
-    known = torch.tensor([0.0 if isinstance(x, Tensor) else x for x in numbers], dtype=torch.float32).view(torch.int32)
+    floats = [0.0 if isinstance(x, Tensor) else x for x in numbers]
     whole = [0 if isinstance(word, Tensor) else signed(word) for word in words]
-    packed = torch.cat([known, torch.tensor(whole, dtype=torch.int32)])
+    known = torch.tensor(floats, dtype=torch.float32, device="cpu").view(torch.int32)
+    packed = torch.cat([known, torch.tensor(whole, dtype=torch.int32, device="cpu")])
     there = {index: x for index, x in enumerate((*numbers, *words)) if isinstance(x, Tensor)}
     if device.type == "cuda" and capturing():
         packed = constant(tuple(packed.tolist()), device)

@@ -55,7 +55,7 @@ def square_means(matrix: Tensor) -> tuple[Tensor, Tensor]:
     m, n = matrix.shape
     rows, cols = TILE if matrix.is_cuda else TILE_ON_CPU
     down, across = triton.cdiv(m, rows), triton.cdiv(n, cols)
-    by_row, by_col = (torch.empty(shape, device=matrix.device) for shape in ((across, m), (down, n)))
+    by_row, by_col = (matrix.new_empty(shape, dtype=torch.float32) for shape in ((across, m), (down, n)))
     tile_sums[(down * across,)](
         matrix, by_row, by_col, m, n, *matrix.stride(), ROWS=rows, COLS=cols, enable_fp_fusion=True
     )
@@ -64,7 +64,7 @@ def square_means(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def _finished(parts: Tensor, divisor: int) -> Tensor:
     count, length = parts.shape
-    out = torch.empty(length, device=parts.device)
+    out = parts.new_empty(length)
     finish[(triton.cdiv(length, LINES),)](
         parts, out, count, length, float(divisor), LINES=LINES, PARTS=PARTS, enable_fp_fusion=True
     )

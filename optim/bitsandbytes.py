@@ -99,7 +99,7 @@ def to_bitsandbytes(state_dict: Mapping[str, Any], params: ParamsT) -> StateDict
 
 
 def _ours(theirs: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
-    ours = {"step": torch.tensor(float(theirs["step"]), dtype=torch.float32)}
+    ours = {"step": torch.tensor(float(theirs["step"]), dtype=torch.float32, device="cpu")}
     for name, digit, signed in MOMENTS:
         source = theirs[f"state{digit}"]
         if source.dtype == torch.uint8:

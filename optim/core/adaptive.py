@@ -56,7 +56,7 @@ def choose_ranks(group: dict[str, Any], cost: Cost) -> list[int]:
     for place, param in enumerate(group["params"]):
         one, two = (cost(param, rank, group) for rank in (1, 2))
         if one is not None:
-            grad = torch.zeros(param.shape) if param.grad is None else whole(param.grad)
+            grad = torch.zeros(param.shape, device="cpu") if param.grad is None else whole(param.grad)
             shares = spectrum(grad.reshape(matrix_shape(param.shape)))
             candidates.append(Candidate(shares, one if two is None else two - one, one))
             places.append(place)
@@ -84,7 +84,7 @@ def spectrum(matrix: Tensor) -> Tensor:
     By the eigenvalues of the smaller Gram matrix in fp64.
     """
     size = min(matrix.shape)
-    flat = torch.full((size,), 1 / max(size, 1), dtype=torch.float64)
+    flat = torch.full((size,), 1 / max(size, 1), dtype=torch.float64, device="cpu")
     largest = matrix.abs().amax()
     if not largest.isfinite() or largest == 0:
         return flat
@@ -112,9 +112,12 @@ def ranks(candidates: Sequence[Candidate], energy: float | None, budget: int | N
         return limits
     least = sum(candidate.least for candidate in candidates)
     if least > budget:
-        raise ValueError(f"budget={budget} bytes is too little: one direction of every matrix takes {least}")
-    owners = torch.cat([torch.full((limit - 1,), i) for i, limit in enumerate(limits)])
-    costs = torch.tensor([candidate.cost for candidate in candidates])[owners]
+        raise ValueError(
+            f"budget={budget} bytes is too little: one direction of every matrix takes {least}, pass budget={least} or "
+            "more, or leave matrices plain, in a group without 'rank'"
+        )
+    owners = torch.arange(len(limits), device="cpu").repeat_interleave(torch.tensor(limits, device="cpu") - 1)
+    costs = torch.tensor([candidate.cost for candidate in candidates], device="cpu")[owners]
     gains = torch.cat([c.shares[1:limit] / c.cost for c, limit in zip(candidates, limits, strict=True)])
     order = gains.argsort(descending=True, stable=True)
     affordable = order[costs[order].cumsum(0) <= budget - least]

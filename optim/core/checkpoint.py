@@ -106,7 +106,7 @@ def restore(
             raise ValueError(
                 f"the loaded {name!r} of {label} is a {type(saved[name]).__name__}, {reader} needs a tensor"
             )
-        value = torch.as_tensor(saved[name])
+        value = torch.as_tensor(saved[name], device=None if isinstance(saved[name], Tensor) else spec.device)
         if tuple(value.shape) != spec.shape:
             raise ValueError(
                 f"the loaded {name!r} of {label} has shape {tuple(value.shape)}, {reader} needs {spec.shape}: "

@@ -80,7 +80,7 @@ class Groups(Optimizer):
                     group.setdefault(name, default)
         for held in self.state.values():
             if isinstance(held.get("step"), int | float):
-                held["step"] = torch.tensor(float(held["step"]), dtype=torch.float32)
+                held["step"] = torch.tensor(float(held["step"]), dtype=torch.float32, device="cpu")
         if self.state:  # of a copy: it was written under the options that the groups have now
             self._settled = self._described(make_plans(self.param_groups, self._sees, self.replicas))
 

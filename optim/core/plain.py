@@ -99,7 +99,7 @@ def _widened_adamw_(b: Bucket, t: Count) -> bool:
         return False
     if param.dtype == b.dtype or held["exp_avg"].dtype != b.dtype:
         return False
-    count = torch.tensor(float(t))
+    count = torch.tensor(float(t), dtype=torch.float32, device="cpu")
     for target in writing(param, held, hyper, b.positions[0], box=b.layout.box):
         for part, grad, moments in _pieces(b, target):
             value, wide = part.read().contiguous(), grad.to(b.dtype).contiguous()

@@ -63,7 +63,7 @@ class SeededBasis:
         self, rows: range, dtype: torch.dtype = torch.float32, device: Device = "cpu", backend: str = "auto"
     ) -> Tensor:
         """Make consecutive rows of P (len(rows), rank)."""
-        out = torch.empty(len(rows), self.rank, device=device)
+        out = torch.empty(len(rows), self.rank, dtype=torch.float32, device=device)
         pick("basis", out, backend)(out, self.distribution, self.seed, rows.start, self.size)
         return out.to(dtype)
 

@@ -168,7 +168,8 @@ def _directions(b: Bucket, low: Tensor, chosen: list[int], support: Support) -> 
     times = counts.advance(states, b.hyper, STEP)
     for held, count in zip(states, times, strict=True):
         if support.count == support.size and (isinstance(count, Tensor) or count == 1):
-            torch.arange(mine.start, mine.start + len(held[INDEX]), out=held[INDEX])
+            at = held[INDEX]
+            torch.arange(mine.start, mine.start + len(at), out=at, device=at.device)
     places = _places(b, states, support)
     seen = [_seen(b, index, low[index], place, support) for index, place in zip(chosen, places, strict=True)]
     grads = entries.deal(seen, b.layout)
