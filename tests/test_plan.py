@@ -168,6 +168,17 @@ def test_plans_do_not_depend_on_whether_there_is_data_or_state() -> None:
         assert plan(OPTIMIZERS["galore"](small())) == first
 
 
+def test_weights_with_gaps_in_memory_are_planned() -> None:
+    """As a slice of a fused weight is one, which torch does not copy with its gaps."""
+    weight = nn.Parameter(randn(48, 40)[:, 4:36])
+    optimizer = GaLore([weight, nn.Parameter(randn(9, 6)[:, :1])], rank=8)
+    found = plan(optimizer, device="cpu")
+    for index, param in enumerate(optimizer.param_groups[0]["params"]):
+        param.grad = randn(*param.shape, seed=index)
+    optimizer.step()
+    assert state(found) == by_kind(optimizer.state.values())
+
+
 def test_the_buffers_of_a_bucket_are_in_what_a_step_allocates() -> None:
     weights = without_data(torch.bfloat16, [(512, 256)] * 3)
     found = plan(GaLore(weights, rank=64))

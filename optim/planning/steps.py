@@ -46,7 +46,8 @@ def without_data(optimizer: Optimizer, device: str) -> Optimizer:
     memo: dict[int, Any] = {id(optimizer.state): defaultdict(dict)}
     for group in optimizer.param_groups:
         for param in group["params"]:
-            memo[id(param)] = nn.Parameter(torch.empty_like(param, device=META), requires_grad=param.requires_grad)
+            bare = param.detach().new_empty_strided(param.shape, param.stride(), device=META)
+            memo[id(param)] = nn.Parameter(bare, requires_grad=param.requires_grad)
         if isinstance(group["lr"], Tensor):
             memo[id(group["lr"])] = 1e-3
     shadow = copy.deepcopy(optimizer, memo)
