@@ -59,6 +59,13 @@ class BAdam(Frugal):
         free_rule: str = "freeze",
         **options: Any,
     ) -> None:
+        fixed = sorted({"projector", "scale"} & options.keys())
+        if fixed:
+            given = f"{fixed[0]}={options[fixed[0]]!r}"
+            raise ValueError(
+                f"{given} is not an option of {type(self).__name__}, whose layers take turns at the rate lr: drop it "
+                f"or construct Frugal(params, {given})"
+            )
         if rank is None and options.get("density") is None:
             rank = 1
         options |= {"rank": rank, "update_proj_gap": update_proj_gap, "block_order": block_order, "block_by": block_by}

@@ -122,7 +122,7 @@ class GaLoreAdafactor(GaLore):
         options: Any further option of `GaLore`.
 
     Raises:
-        ValueError: `lr` with `relative_step=True`, or `warmup_init` without the relative step.
+        ValueError: `lr` with `relative_step=True`, `warmup_init` without the relative step, or `betas`.
 
     Difference from the authors' code: the default of `relative_step` follows `lr`, there it is True and contradicts
     every `lr`.
@@ -142,6 +142,8 @@ class GaLoreAdafactor(GaLore):
         warmup_init: bool = False,
         **options: Any,
     ) -> None:
+        if "betas" in options:
+            raise ValueError(f"betas={options['betas']}: Adafactor has one, pass beta1, and decay_rate for the second")
         relative = lr is None if relative_step is None else relative_step
         if lr is not None and relative:
             raise ValueError(f"lr={lr} contradicts relative_step=True: pass relative_step=False or lr=None")

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from lowmem.optim import (
+    LISA,
     Adafactor,
+    BAdam,
     Fira,
     Flora,
     Frugal,
@@ -106,6 +108,22 @@ INVALID = [
     ({"rounding": "up"}, "Invalid rounding: 'up'"),
     ({"backend": "cuda"}, "Invalid backend: 'cuda'"),
     ({"compat": "offical"}, "Invalid compat: 'offical'"),
+    ({"lr": "1e-3"}, "Invalid lr: '1e-3'; need a number: YAML takes 1e-3 for text, write 1.0e-3"),
+    ({"lr": None}, "Invalid lr: None; need a number"),
+    ({"weight_decay": "0.1"}, "Invalid weight_decay: '0.1'"),
+    ({"betas": 0.9}, "Invalid betas: 0.9; need a pair of numbers"),
+    ({"betas": (0.9, 0.9, 0.9)}, "Invalid betas"),
+    ({"eps": ()}, "Invalid eps: "),
+    ({"eps": None}, "Invalid eps: None"),
+    (
+        {"eps": (1e-30, 1e-3)},
+        "a pair, of rule='adafactor' alone; rule='adamw' .* pass eps=1e-8",
+    ),
+    ({"eps": (None, 1e-3), "rule": "adafactor"}, "Invalid eps: .* need two numbers"),
+    ({"seed": 1.5}, "Invalid seed: 1.5; need an integer"),
+    ({"maximize": "False"}, "Invalid maximize: 'False'; need True or False"),
+    ({"fused": "no"}, "Invalid fused: 'no'; need True or False, or None"),
+    ({"lazy": "0.9"}, "Invalid lazy: '0.9'; need a number, or None"),
 ]
 IN_GROUPS_ONLY = [
     ({"density": 0.0}, "Invalid density: 0.0"),
@@ -125,6 +143,28 @@ IN_GROUPS_ONLY = [
 
 def test_a_tensor_rate_goes_with_foreach_where_it_is_captured() -> None:
     assert GaLore([matrix()], lr=torch.tensor(0.1), foreach=True, capturable=True).defaults["foreach"]
+
+
+ELSEWHERE: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
+    (Fira, {"gamma": math.inf}, "Invalid gamma: inf; need a number of at least 1, or None for no limit"),
+    (Fira, {"gamma": "1.01"}, "Invalid gamma: '1.01'; need a number, or None"),
+    (OnlineSubspaceDescent, {"proj_betas": (0.9,)}, "Invalid proj_betas"),
+    (OnlineSubspaceDescent, {"proj_betas": (0.9, 1.0)}, "Invalid proj_betas parameter at index 1: 1.0"),
+    (Frugal, {"density": "0.5"}, "Invalid density: '0.5'"),
+    (Frugal, {"free_scale": None}, "Invalid free_scale: None"),
+    (Frugal, {"budget": 1000}, "budget=1000: FRUGAL does not search"),
+    (BAdam, {"scale": 0.5}, "scale=0.5 is not an option of BAdam"),
+    (LISA, {"projector": "columns"}, "projector='columns' is not an option of LISA.*construct Frugal"),
+    (Adafactor, {"lr": "1e-3"}, "Invalid lr: '1e-3'"),
+    (Flora, {"beta1": "0.9"}, "Invalid beta1: '0.9'; need a number, or None"),
+    (GaLoreAdafactor, {"betas": (0.9, 0.999)}, "pass beta1"),
+]
+
+
+@pytest.mark.parametrize(("build", "options", "message"), ELSEWHERE, ids=lambda value: str(value)[:40])
+def test_constructors_reject_options_of_their_own(build: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build([("layers.0.weight", matrix())], **options)
 
 
 @pytest.mark.parametrize(("options", "message"), INVALID, ids=lambda value: str(value)[:40])

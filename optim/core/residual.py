@@ -54,7 +54,7 @@ def check(group: Mapping[str, Any]) -> None:
         ValueError: One is out of range, or the group's side, rule or projector cannot have such a residual.
     """
     check_choices(group, CHOICES)
-    if group["gamma"] is not None and not group["gamma"] >= 1.0:
+    if group["gamma"] is not None and not 1.0 <= group["gamma"] < float("inf"):
         raise ValueError(f"Invalid gamma: {group['gamma']}; need a number of at least 1, or None for no limit")
     if group["proj_type"] == "full" and group["scale_mode"] == "row":
         raise ValueError('proj_type="full" mixes the rows: pass scale_mode="matrix" with it')

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import blocks
 from .free import FREE_RULES, FREE_SPACES
 from .hyper import Hyper
+from .kinds import check_kinds
 from .validate import check_choices
 from .view import MatrixView, matrix_shape
 
@@ -76,10 +77,12 @@ def check(group: Group) -> None:
         raise ValueError(f"got {name}={group[name]!r}, an option of the authors' code: say it by {THEIRS[name]}")
     check_choices(group, CHOICES)
     check_density(group["density"], group["rank"])
+    check_kinds(group)
     if not 0.0 <= group["free_scale"] < float("inf"):
         raise ValueError(f"Invalid free_scale: {group['free_scale']}; need a number of at least 0")
     if isinstance(group["rank"], str) or group.get("energy") is not None or group.get("budget") is not None:
-        raise ValueError(f"rank={group['rank']!r}: FRUGAL does not search for a size, pass density=0.25 or rank=128")
+        asked = ", ".join(f"{name}={group.get(name)!r}" for name in ("rank", "energy", "budget"))
+        raise ValueError(f"{asked}: FRUGAL does not search for a size, pass density=0.25 or rank=128")
     if group["compat"] is not None:
         raise ValueError(f"compat={group['compat']!r}: the authors' code takes AdamW's order as we do, drop the option")
     if group["projector"] == "cross_head" or group.get("num_heads") is not None:
@@ -105,6 +108,7 @@ def check(group: Group) -> None:
 
 def check_density(density: float | None, rank: int | None) -> None:
     """Validate a density, which may be 0 or 1, and that no rank comes with it."""
+    check_kinds({"density": density})
     if density is not None and not 0.0 <= density <= 1.0:
         raise ValueError(f"Invalid density: {density}; need 0 <= density <= 1, the share of state-full entries")
     if density is not None and rank is not None:

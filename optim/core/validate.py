@@ -16,6 +16,7 @@ from .codec import STATE_DTYPES
 from .compact import BASIS_DTYPES
 from .cross_head import check_heads
 from .descend import BASIS_RULES
+from .kinds import check_kinds
 from .projector import GAUSSIAN, PROJECTORS
 from .rules import RULES
 from .view import SIDES
@@ -46,6 +47,7 @@ def check_adam(group: Mapping[str, Any], *, capturable: bool = False) -> None:
         group: A complete group.
         capturable: Whether the optimizer has that option.
     """
+    check_kinds(group)
     lr, eps = group["lr"], group["eps"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
@@ -58,8 +60,6 @@ def check_adam(group: Mapping[str, Any], *, capturable: bool = False) -> None:
     for value in eps if isinstance(eps, (tuple, list)) else (eps,):
         if value is not None and not 0.0 <= value < float("inf"):
             raise ValueError(f"Invalid epsilon value: {value}")
-    if len(group.get("betas", (0.0, 0.0))) != 2:
-        raise ValueError(f"Invalid betas: {group['betas']}; need the pair (beta1, beta2)")
     for index, beta in enumerate(group.get("betas", ())):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}")
@@ -88,6 +88,7 @@ def check_subspace(group: Mapping[str, Any]) -> None:
     check_adam(group, capturable=True)
     check_factored(group)
     check_choices(group, CHOICES)
+    _check_eps(group)
     if group.get("capturable"):
         _check_capturable(group)
     _check_backend(group)
@@ -97,6 +98,20 @@ def check_subspace(group: Mapping[str, Any]) -> None:
     _check_projector(group)
     if group.get("dim", 2) != 2:
         raise ValueError(f"Invalid dim: {group['dim']}; drop the key, more dimensions are viewed as a matrix")
+
+
+def _check_eps(group: Mapping[str, Any]) -> None:
+    """Adafactor has a pair of them, both numbers."""
+    eps = group["eps"]
+    if not isinstance(eps, (tuple, list)):
+        return
+    if group["rule"] != "adafactor":
+        raise ValueError(
+            f"eps={eps} is a pair, of rule='adafactor' alone; rule={group['rule']!r} adds one number to a root: pass "
+            "eps=1e-8"
+        )
+    if eps[0] is None:
+        raise ValueError(f"Invalid eps: {eps}; need two numbers, as (1e-30, 1e-3)")
 
 
 def _check_capturable(group: Mapping[str, Any]) -> None:
@@ -183,6 +198,9 @@ def _check_projector(group: Mapping[str, Any]) -> None:
     for name in ("lazy", "stagger") if group["projector"] == "descend" else ():
         if group.get(name):
             raise ValueError(f"{name}={group[name]}: projector='descend' is never refreshed, drop the option")
+    for index, beta in enumerate(group.get("proj_betas") or ()):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"Invalid proj_betas parameter at index {index}: {beta}")
     for name in ("proj_ratio", "proj_weight_decay", "ortho"):
         if name in group and not 0.0 <= group[name] < float("inf"):
             raise ValueError(f"Invalid {name}: {group[name]}; need a number of at least 0")
