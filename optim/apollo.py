@@ -131,6 +131,9 @@ class Apollo(SubspaceOptimizer):
         super()._validate({**group, "residual": "channel"})
         residual.check(group)
 
+    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return (*super()._structure(group), *residual.structure(group))
+
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         described = super()._specs(param, view, group)
         return described if view is None else described | residual.limit_spec(param)

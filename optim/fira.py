@@ -89,6 +89,9 @@ class Fira(SubspaceOptimizer):
         check_choices(group, CHOICES)
         residual.check(group)
 
+    def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return (*super()._structure(group), *residual.structure(group))
+
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         described = super()._specs(param, view, group)
         return described if view is None else described | residual.limit_spec(param)

@@ -114,9 +114,11 @@ class Frugal(SubspaceOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            if blocks.turns(group) and not blocks.warms_up(group):
-                blocks.advance(group, self.state)
+        turning = [group for group in self.param_groups if blocks.turns(group) and not blocks.warms_up(group)]
+        if turning:
+            self._planned()  # refuses what it does before a window opens
+        for group in turning:
+            blocks.advance(group, self.state)
         super().step()
         return loss
 
@@ -146,7 +148,7 @@ class Frugal(SubspaceOptimizer):
         super()._validate({**group, **selection.for_core(group)})
 
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        own = (group["block_by"], group["block_order"], group["seed"], group.get(blocks.DONE))
+        own = (group["block_by"], group["block_order"], group["seed"], group["free_rule"], group.get(blocks.DONE))
         return (*super()._structure(group), *own)
 
     def _view(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:

@@ -124,7 +124,7 @@ class LowRank(SubspaceOptimizer):
             raise ValueError(f"compat={group['compat']!r} follows code without residual={kind!r}: drop one of them")
 
     def _structure(self, group: Group) -> tuple[Any, ...]:
-        return (*super()._structure(group), group["residual"], group["residual_density"])
+        return (*super()._structure(group), *residual.structure(group), group["residual"], group["residual_density"])
 
     def _awaited(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
         described, options = super()._awaited(param, view, group), self.param_groups[group]

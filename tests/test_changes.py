@@ -13,6 +13,7 @@ from lowmem.kernels.rounding import CORRECTIONS, converted, join, split
 from lowmem.optim import (
     Adafactor,
     AdamW8bit,
+    Apollo,
     Fira,
     Flora,
     Frugal,
@@ -215,6 +216,50 @@ def test_a_refused_change_that_is_set_back_leaves_no_trace(before: dict[str, Any
             optimizer.step()
         found.append(params)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_refused_change_opens_no_window_of_blocks() -> None:
+    """The step that is refused would have opened one, which drops the state of what was active."""
+    found = []
+    for changes in (False, True):
+        params = [nn.Parameter(randn(12, 8, seed=i)) for i in range(3)]
+        optimizer = Frugal(params, projector="blocks", rank=1, update_proj_gap=2, carry="keep")
+        for seed in range(5):
+            for index, param in enumerate(params):
+                param.grad = randn(*param.shape, seed=10 * seed + index)
+            if changes and seed in (2, 3):
+                optimizer.param_groups[0]["rule"] = "adafactor"
+                with pytest.raises(ValueError, match="Invalid rule: 'adafactor'"):
+                    optimizer.step()
+                optimizer.param_groups[0]["rule"] = "adamw"
+            optimizer.step()
+        found.append(params)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("build", "before", "after", "message"),
+    [
+        (Fira, {"proj_type": "full", "scale_mode": "matrix"}, {"scale_mode": "row"}, "mixes the rows"),
+        (Apollo, {"proj_type": "full", "scale_mode": "matrix"}, {"scale_mode": "row"}, "mixes the rows"),
+        (
+            LowRank,
+            {"residual": "norm", "projector": "descend", "gamma": None},
+            {"gamma": 1.01},
+            "only nearly orthonormal",
+        ),
+        (Frugal, {}, {"free_rule": "freeze"}, "is for whole tensors"),
+    ],
+)
+def test_options_that_depend_on_others_are_checked_when_they_change(
+    build: Build, before: dict[str, Any], after: dict[str, Any], message: str
+) -> None:
+    weight = nn.Parameter(randn(48, 32))
+    optimizer = build([weight], rank=8, **before)
+    step(optimizer, weight)
+    optimizer.param_groups[0].update(after)
+    with pytest.raises(ValueError, match=message):
+        step(optimizer, weight)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])

@@ -100,6 +100,7 @@ class SubspaceOptimizer(Lifecycle):
         """Choose the ranks of groups that leave them open, from the gradients of their first step."""
         for group in self.param_groups:
             if self._waits(group) and any(tells(param) for param in group["params"]):
+                self._validate(group)
                 group["ranks"] = choose_ranks(group, self._bytes_at)
 
     def _waits(self, group: dict[str, Any]) -> bool:

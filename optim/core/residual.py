@@ -72,6 +72,11 @@ def check(group: Mapping[str, Any]) -> None:
         )
 
 
+def structure(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The options of which `check` depends on others, for one that is changed between two steps."""
+    return (group["scale_mode"], group["gamma"] is None)
+
+
 def factors(b: Bucket, step: Tensor, low: Tensor, how: Scaling) -> Tensor:
     """How much the rule magnified the gradient, its growth limited: factors of the rows of A, (k, a), or (k, 1).
 
