@@ -158,6 +158,7 @@ ELSEWHERE: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (Adafactor, {"lr": "1e-3"}, "Invalid lr: '1e-3'"),
     (Flora, {"beta1": "0.9"}, "Invalid beta1: '0.9'; need a number, or None"),
     (GaLoreAdafactor, {"betas": (0.9, 0.999)}, "pass beta1"),
+    (GaLorePlus, {"head_select": "cycle"}, "head_select='cycle' chooses among heads, and no group has num_heads"),
 ]
 
 

@@ -76,6 +76,8 @@ class SubspaceOptimizer(Lifecycle):
         super().__init__(params, adam | subspace | schedule | search | numerics | torch_form | {"compat": compat})
         if (energy is not None or budget is not None) and not any(group["rank"] == AUTO for group in self.param_groups):
             raise ValueError(f"energy={energy}, budget={budget} choose ranks, and no group has rank='auto': pass it")
+        if head_select != "random" and all(group["num_heads"] is None for group in self.param_groups):
+            raise ValueError(f"head_select={head_select!r} chooses among heads, and no group has num_heads: pass it")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; one with a rank of its own does not inherit a target for ranks."""
