@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +28,7 @@ def _flag(value: Any) -> bool:
 
 
 def _integer(value: Any) -> bool:
-    return isinstance(value, int)
+    return isinstance(value, Integral)
 
 
 def _number(value: Any) -> bool:
