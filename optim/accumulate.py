@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..kernels import EVERYWHERE
-from .core.accumulation import Own, Random, Way
+from .core.accumulation import Compression, OwnBasis, RandomBases
 from .core.seeded import DISTRIBUTIONS
 from .core.validate import check_choices
 
@@ -80,11 +80,11 @@ class SubspaceAccumulator:
         self.options |= {"distribution": distribution, "proj_type": proj_type}
         self.cycle = 0
         self.count = 0
-        self._way: Way
+        self._compression: Compression
         if rank is None:
-            self._way = Own(optimizer)
+            self._compression = OwnBasis(optimizer)
         else:
-            self._way = Random(rank, distribution, proj_type, seed, backend)
+            self._compression = RandomBases(rank, distribution, proj_type, seed, backend)
         self._sums: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
@@ -95,11 +95,11 @@ class SubspaceAccumulator:
             ValueError: A group was added or changed so that its gradients are needed whole.
         """
         if self.count == 0:
-            self._way.release()
-        self._way.begin()
+            self._compression.release()
+        self._compression.begin()
         self.count += 1
         for position, param in enumerate(self._params()):
-            low = self._way.project(position, param, self.cycle)
+            low = self._compression.project(position, param, self.cycle)
             if low is None:
                 continue
             if param in self._sums:
@@ -117,7 +117,7 @@ class SubspaceAccumulator:
                 tensor.div_(self.count)
         for position, param in enumerate(self._params()):
             if param in self._sums:
-                self._way.deliver(position, param, self._sums.pop(param), self.cycle)
+                self._compression.deliver(position, param, self._sums.pop(param), self.cycle)
         self.cycle += 1
         self.count = 0
 
@@ -125,7 +125,7 @@ class SubspaceAccumulator:
         """Flush, step the optimizer, and clear the gradients."""
         self.flush()
         self.optimizer.step()
-        self._way.release()
+        self._compression.release()
         self.optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,7 +154,7 @@ class SubspaceAccumulator:
                 "recorded options"
             )
         params = list(self._params())
-        self._way.release()
+        self._compression.release()
         self.cycle, self.count = state_dict["cycle"], state_dict["count"]
         self._sums = {params[i]: low.to(params[i].device, copy=True) for i, low in state_dict["sums"].items()}
         for i, param in enumerate(params):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..kernels import random
-from .core.accumulation import Own
+from .core.accumulation import OwnBasis
 from .core.lifecycle import Lifecycle
 from .core.released import Clip, Cycle
 from .core.sharding import is_dtensor, local
@@ -44,14 +44,14 @@ class SubspaceReduction:
     """
 
     def __init__(self, optimizer: Lifecycle, group: dist.ProcessGroup | None = None) -> None:
-        self._way = Own(optimizer)
+        self._compression = OwnBasis(optimizer)
         self._group = group
 
     def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Average a bucket of gradients over the replicas, what `register_comm_hook` calls."""
         if bucket.index() == 0:
-            self._way.release()
-            self._way.begin()
+            self._compression.release()
+            self._compression.begin()
         params, grads = bucket.parameters(), bucket.gradients()
         lows = {i: low for i, p in enumerate(params) if (low := self._project(p, grads[i])) is not None}
         whole = [grad for i, grad in enumerate(grads) if i not in lows]
@@ -62,7 +62,7 @@ class SubspaceReduction:
             for tensor, part in zip([*lows.values(), *whole], _parts(sent, [*lows.values(), *whole]), strict=True):
                 tensor.copy_(part)
             for index, low in lows.items():
-                self._way.deliver(0, params[index], low, 0)
+                self._compression.deliver(0, params[index], low, 0)
             buffer: Tensor = bucket.buffer()
             return buffer
 
@@ -71,7 +71,7 @@ class SubspaceReduction:
 
     @torch.no_grad()
     def _project(self, param: Tensor, grad: Tensor) -> Tensor | None:
-        return self._way.low(param, grad.view(param.shape))
+        return self._compression.low(param, grad.view(param.shape))
 
 
 # DistributedDataParallel compares the annotations of a hook with types, and postponed ones are text.
@@ -98,14 +98,16 @@ class AveragedCycle(Cycle):
 
     Args:
         optimizer: The optimizer.
-        way: Sums gradients in the optimizer's subspace; None where every backward pass is a step.
+        compression: Sums gradients in the optimizer's subspace; None where every backward pass is a step.
         clip: How gradients are clipped.
         steps: Backward passes in a step.
         group: The replicas.
     """
 
-    def __init__(self, optimizer: Lifecycle, way: Own | None, clip: Clip, steps: int, group: dist.ProcessGroup) -> None:
-        super().__init__(optimizer, way, clip, steps)
+    def __init__(
+        self, optimizer: Lifecycle, compression: OwnBasis | None, clip: Clip, steps: int, group: dist.ProcessGroup
+    ) -> None:
+        super().__init__(optimizer, compression, clip, steps)
         self._group = group
 
     @torch.no_grad()

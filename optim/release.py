@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from .core.accumulation import Own
+from .core.accumulation import OwnBasis
 from .core.lifecycle import Lifecycle
 from .core.released import Clip, Cycle
 from .core.sharding import is_dtensor
@@ -39,11 +39,11 @@ class GradientRelease:
             raise ValueError("gradients of this optimizer are released already: remove() the first handle")
         self._model: nn.Module | None = model
         self._optimizer, self._steps = optimizer, steps
-        way = Own(optimizer) if steps > 1 else None
+        compression = OwnBasis(optimizer) if steps > 1 else None
         self._cycle = (
-            Cycle(optimizer, way, clip, steps)
+            Cycle(optimizer, compression, clip, steps)
             if replicas is None
-            else AveragedCycle(optimizer, way, clip, steps, replicas)
+            else AveragedCycle(optimizer, compression, clip, steps, replicas)
         )
         self._hooks: dict[int, RemovableHandle] = {}
         self._called = False

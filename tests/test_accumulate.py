@@ -19,7 +19,7 @@ from lowmem.optim import (
     OnlineSubspaceDescent,
     SubspaceAccumulator,
 )
-from lowmem.optim.core.accumulation import Random
+from lowmem.optim.core.accumulation import RandomBases
 from lowmem.optim.core.seeded import DISTRIBUTIONS
 from lowmem.optim.core.view import MatrixView
 from torch import Tensor, nn
@@ -208,11 +208,11 @@ def test_random_bases_are_unbiased_and_linear(distribution: str, proj_type: str)
 
 
 def test_nothing_is_lost_in_full_orthonormal_bases(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Random, param: Tensor) -> MatrixView | None:
+    def full(self: RandomBases, param: Tensor) -> MatrixView | None:
         rank = min(len(param), param.numel() // len(param))
         return MatrixView.of(param.shape, rank, "std") if param.ndim > 1 else None
 
-    monkeypatch.setattr(Random, "view", full)
+    monkeypatch.setattr(RandomBases, "view", full)
     for build in (torch.optim.AdamW, lambda params: Flora(params, lr=1e-2, rank=2)):
         ours = train(build, lambda optimizer: SubspaceAccumulator(optimizer, 1, distribution="orthonormal"), 3)
         assert_close(ours, train(build, None, 3), 1e-5)

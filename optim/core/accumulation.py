@@ -24,7 +24,7 @@ TAG = 0xACC
 """Keeps the bases apart from those of optimizers with the same seed."""
 
 
-class Way(Protocol):
+class Compression(Protocol):
     """How gradients are compressed, and what the optimizer gets."""
 
     def begin(self) -> None:
@@ -40,7 +40,7 @@ class Way(Protocol):
         """Forget what was handed over."""
 
 
-class Own:
+class OwnBasis:
     """The optimizer's own basis between two refreshes, exactly; it takes the sums as its low-rank gradients.
 
     Raises:
@@ -113,7 +113,7 @@ class Own:
                 raise ValueError(_refusal(self.optimizer, reason))
 
 
-class Random:
+class RandomBases:
     """Random bases, new in every cycle; the optimizer gets the unbiased `R P^T` as its gradient."""
 
     def __init__(self, rank: int, distribution: str, proj_type: str, seed: int, backend: str) -> None:

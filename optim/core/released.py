@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .accumulation import Own
+from .accumulation import OwnBasis
 from .lifecycle import Lifecycle
 from .sharding import local, whole
 from .validate import check_choices
@@ -46,16 +46,16 @@ class Cycle:
 
     Args:
         optimizer: The optimizer.
-        way: Sums gradients in the optimizer's subspace; None where every backward pass is a step.
+        compression: Sums gradients in the optimizer's subspace; None where every backward pass is a step.
         clip: How gradients are clipped.
         steps: Backward passes in a step.
     """
 
-    def __init__(self, optimizer: Lifecycle, way: Own | None, clip: Clip, steps: int) -> None:
+    def __init__(self, optimizer: Lifecycle, compression: OwnBasis | None, clip: Clip, steps: int) -> None:
         self.optimizer, self.clip, self.steps = optimizer, clip, steps
         self.stepped: set[int] = set()
         """Identities of the parameters that were stepped in this cycle."""
-        self._way = way
+        self._compression = compression
         optimizer.release = self
         self._counts: dict[Tensor, int] = {}
         self._sums: dict[Tensor, Tensor] = {}
@@ -65,10 +65,10 @@ class Cycle:
     @torch.no_grad()
     def add(self, param: Tensor) -> int:
         """Take the gradient of a backward pass, and tell how many there are of the parameter."""
-        if self._way is not None:
+        if self._compression is not None:
             if not self._counts:
-                self._way.begin()
-            low = self._way.project(0, param, 0)
+                self._compression.begin()
+            low = self._compression.project(0, param, 0)
             if low is not None:
                 self._sums[param] = low if param not in self._sums else self._sums[param].add_(low)
                 param.grad = None
@@ -116,8 +116,8 @@ class Cycle:
     def close(self) -> None:
         """End without a step: what was summed up in the subspace becomes gradients again, `R P^T`."""
         for param, low in self._sums.items():
-            assert self._way is not None
-            whole = self._way.restore(param, low)
+            assert self._compression is not None
+            whole = self._compression.restore(param, low)
             param.grad = whole if param.grad is None else param.grad.add_(whole)
         self._forget()
         self.optimizer.release = None
@@ -155,8 +155,8 @@ class Cycle:
         for i, grad in state_dict["grads"].items():
             params[i].grad = grad.to(params[i].device, copy=True)
         self._last = state_dict["last"]
-        if self._way is not None:
-            self._way.begin()
+        if self._compression is not None:
+            self._compression.begin()
 
     def _params(self) -> Iterator[Tensor]:
         for group in self.optimizer.param_groups:
@@ -173,8 +173,8 @@ class Cycle:
         """Norm of a gradient or of R, of the whole of them where they are sharded."""
         if grad.is_sparse:
             return None  # the optimizer's error to raise
-        if low is not None and self._way is not None:
-            return self._way.norm(param, low)
+        if low is not None and self._compression is not None:
+            return self._compression.norm(param, low)
         norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
         return whole(norm)
 
