@@ -24,7 +24,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..kernels.blockwise import DYNAMIC, Blocks, dequantise, dynamic_map, quantise_
 from ..kernels.bnb import coincides
-from .core.codec import SMALL, form_of, matrix_shape
+from .core.codec import SMALL, form_of, rows_and_columns
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """Where recent releases put the tensors of a parameter, to hide them from FSDP."""
@@ -104,7 +104,7 @@ def _ours(theirs: Mapping[str, Any], param: Tensor) -> dict[str, Tensor]:
         source = theirs[f"state{digit}"]
         if source.dtype == torch.uint8:
             source = Blocks(source.reshape(1, -1), theirs[f"absmax{digit}"].reshape(1, -1))
-        found = _moved(source, matrix_shape(param.shape) if _coded(param) else None, signed)
+        found = _moved(source, rows_and_columns(param.shape) if _coded(param) else None, signed)
         if isinstance(found, Blocks):
             ours[f"{name}_scale"], found = found.scale, found.codes
         ours[name] = found.view(param.shape)
@@ -116,7 +116,7 @@ def _theirs(ours: Mapping[str, Tensor], param: Tensor, tables: dict[tuple[bool, 
     for name, digit, signed in MOMENTS:
         source: Blocks | Tensor = ours[name]
         if f"{name}_scale" in ours:
-            source = Blocks(ours[name].reshape(matrix_shape(param.shape)), ours[f"{name}_scale"])
+            source = Blocks(ours[name].reshape(rows_and_columns(param.shape)), ours[f"{name}_scale"])
         found = _moved(source, (1, param.numel()) if param.numel() >= SMALL else None, signed)
         if isinstance(found, Blocks):
             # Tables of their own, for bitsandbytes may write to them; one for all parameters, as there.
@@ -202,7 +202,7 @@ def _check_ours(held: Mapping[str, Any], param: Tensor, owner: str) -> None:
     coded = _coded(param)
     scales = {f"{name}_scale" for name, _, _ in MOMENTS} if coded else set()
     _check_keys(held, {"step", "exp_avg", "exp_avg_sq"} | scales, owner, 'a plain group with state_dtype="bnb8"')
-    rows, cols = matrix_shape(param.shape)
+    rows, cols = rows_and_columns(param.shape)
     for name, _, _ in MOMENTS:
         _check_tensor(held, name, torch.uint8 if coded else torch.float32, tuple(param.shape), owner)
         if coded:

@@ -20,7 +20,7 @@ from ...kernels import random
 from ...kernels.blockwise import FORMATS, Blocks, Format, dequantise, quantise_
 from ...kernels.rounding import round_stochastically
 from .spec import Axis, Spec
-from .view import matrix_shape as shape_of_matrix
+from .view import matrix_shape
 
 STATE_DTYPES = ("float32", "bfloat16", "float64", "parameter", *FORMATS)
 """Values of the option `state_dtype`. In fp16 second moments would underflow."""
@@ -51,7 +51,7 @@ def storage_dtype(param: torch.dtype, state_dtype: str) -> torch.dtype:
 
 def form_of(name: str, shape: Sequence[int], state_dtype: str) -> Format | None:
     """The format in which a moment of this name and shape is coded; None where it is not."""
-    rows, cols = matrix_shape(shape)
+    rows, cols = rows_and_columns(shape)
     small = len(shape) < 2 or rows * cols < SMALL or cols < SHORT
     return None if small or not name.endswith(("exp_avg", "exp_avg_sq")) else FORMATS.get(state_dtype)
 
@@ -61,7 +61,7 @@ def specs(name: str, shape: tuple[int, ...], param: Tensor, state_dtype: str, ax
     form = form_of(name, shape, state_dtype)
     if form is None:
         return {name: Spec(shape, storage_dtype(param.dtype, state_dtype), param.device, axis=axis)}
-    rows, cols = matrix_shape(shape)
+    rows, cols = rows_and_columns(shape)
     return {
         name: Spec(shape, form.code_dtype(signed=_signed(name)), param.device, form.name, axis),
         name + SCALE: Spec(
@@ -127,12 +127,12 @@ def zero_(held: State, name: str) -> None:
 
 def matrix(tensor: Tensor) -> Tensor:
     """View a tensor as rows: (first dimension, rest), and a vector or a number as one row."""
-    return tensor.reshape(matrix_shape(tensor.shape))
+    return tensor.reshape(rows_and_columns(tensor.shape))
 
 
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of `matrix`."""
-    return shape_of_matrix(shape) if len(shape) >= 2 else (1, shape[0] if shape else 1)
+    return matrix_shape(shape) if len(shape) >= 2 else (1, shape[0] if shape else 1)
 
 
 def _signed(name: str) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels import random
 from ...kernels.rounding import CORRECTIONS, Target
-from .codec import State, matrix_shape
+from .codec import State, rows_and_columns
 from .sharding import Box
 from .spec import Spec
 
@@ -67,7 +67,7 @@ def writing(
     One that cannot be viewed as a matrix, channels-last say, is copied back. Random bits are a function of the seed,
     the position of the parameter and its step, and of rows and columns in the whole weight of which it is the box.
     """
-    shape = shape or matrix_shape(param.shape)
+    shape = shape or rows_and_columns(param.shape)
     weight = param.detach().reshape(shape)
     correction = held[CORRECTION].view(shape) if CORRECTION in held else None
     mode = how.rounding if param.dtype == torch.bfloat16 else "nearest"  # wider weights are exact
