@@ -114,9 +114,9 @@ class Frugal(SubspaceOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        turning = [group for group in self.param_groups if blocks.turns(group) and not blocks.warms_up(group)]
+        turning = [group for group in self.param_groups if blocks.turns(group) and not blocks.only_creates_state(group)]
         if turning:
-            self._planned()  # refuses what it does before a window opens
+            self._planned()  # raises what it refuses before a window opens
         for group in turning:
             blocks.advance(group, self.state)
         super().step()

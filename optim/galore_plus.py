@@ -115,11 +115,11 @@ class GaLorePlus(SubspaceOptimizer):
     def _structure(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return (*super()._structure(group), group["residual"], group["residual_density"])
 
-    def _awaited(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
-        described, options = super()._awaited(param, view, group), self.param_groups[group]
+    def _specs_to_load(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
+        described, options = super()._specs_to_load(param, view, group), self.param_groups[group]
         if view is None:
             return described
-        return sparse.awaited(described, sparse.Support.of(options, view), param, Hyper.of(options))
+        return sparse.specs_to_load(described, sparse.Support.of(options, view), param, Hyper.of(options))
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
         described = super()._specs(param, view, group)

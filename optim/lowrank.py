@@ -126,11 +126,11 @@ class LowRank(SubspaceOptimizer):
     def _structure(self, group: Group) -> tuple[Any, ...]:
         return (*super()._structure(group), *residual.structure(group), group["residual"], group["residual_density"])
 
-    def _awaited(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
-        described, options = super()._awaited(param, view, group), self.param_groups[group]
+    def _specs_to_load(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
+        described, options = super()._specs_to_load(param, view, group), self.param_groups[group]
         if view is None:
             return described
-        return sparse.awaited(described, _support(options, view), param, self._hyper(options))
+        return sparse.specs_to_load(described, _support(options, view), param, self._hyper(options))
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: Group) -> dict[str, Spec]:
         described = super()._specs(param, view, group)

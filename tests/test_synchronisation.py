@@ -50,7 +50,7 @@ def between_refreshes(optimizer: Lifecycle, params: list[torch.nn.Parameter]) ->
     """Make the state that there is after some steps, with bases and without a refresh that is due."""
     for plan in optimizer._planned():
         for param in plan.params:
-            held = optimizer.state[param] = zeros(optimizer._awaited(param, plan.view, plan.group))
+            held = optimizer.state[param] = zeros(optimizer._specs_to_load(param, plan.view, plan.group))
             for name, value in {
                 "step": 30,
                 "residual_step": 30,

@@ -151,7 +151,7 @@ def advance(group: dict[str, Any], states: MutableMapping[Any, Any]) -> None:
     group[WAIT] -= 1
 
 
-def warms_up(group: Group) -> bool:
+def only_creates_state(group: Group) -> bool:
     """Recognise the step that checkpointing tools run to create state, before any other: rate 0, gradients of zero."""
     grads = [param.grad for param in group["params"] if param.grad is not None]
     first = not group[DONE] and float(group["lr"]) == 0.0

@@ -12,17 +12,17 @@ from torch.optim.optimizer import ParamsT
 from ...kernels.rounding import join
 from . import stack, state, target
 from .bucket import Plan
+from .bucketing import make_plans, seen
 from .checkpoint import STRUCTURAL, load_keeping, restore
 from .cross_head import check_rows
+from .flattening import FlatteningGuard
 from .hyper import Hyper, normalise
-from .planning import make_plans, seen
 from .reconcile import meaning, reconcile
-from .sharded import check_sharded
+from .sharding_limits import check_sharded
 from .spec import Spec
 from .summary import Summary, summarise
 from .validate import check_subspace
 from .view import MatrixView, matrix_shape
-from .witness import Witness
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,7 +65,9 @@ class Groups(Optimizer):
 
     def _transient(self) -> None:
         """Set up what is derived and never saved."""
-        self._witness = Witness(getattr(self, "param_groups", None), getattr(self, "_witness", None))
+        self._flattening_guard = FlatteningGuard(
+            getattr(self, "param_groups", None), getattr(self, "_flattening_guard", None)
+        )
         self._plans: list[Plan] = []
         self._plans_key: tuple[Any, ...] | None = None
         self._settled: dict[Tensor, dict[str, Spec]] = {}
@@ -111,7 +113,7 @@ class Groups(Optimizer):
         explicit = any(param_group.get(name) is not None for name in ("rank", "density"))
         super().add_param_group(param_group)
         try:
-            self._witness.add(self.param_groups, explicit=explicit)
+            self._flattening_guard.add(self.param_groups, explicit=explicit)
             for param in self.param_groups[-1]["params"]:
                 self._admit(param, self.param_groups[-1])
         except (TypeError, ValueError):
@@ -140,7 +142,7 @@ class Groups(Optimizer):
         """
         key = tuple((*map(seen, group["params"]), *self._fingerprint(group)) for group in self.param_groups)
         if key != self._plans_key:
-            self._witness.check(self.param_groups)
+            self._flattening_guard.check(self.param_groups)
             for group in self.param_groups:
                 self._validate(group)
                 for param in group["params"]:

@@ -11,16 +11,16 @@ from torch._compile import _disable_dynamo
 
 from . import stack, state
 from .bucket import Bucket, Plan
+from .bucketing import seen
 from .groups import Groups
 from .layout import Layout
 from .plain import plain_
-from .planning import seen
 from .schedule import check_capture
 from .sharding import local
 from .spec import Spec
 from .spread import whole_bases
+from .state_creation import only_creates_state
 from .view import MatrixView
-from .warm_up import warms_up
 
 
 class Release(Protocol):
@@ -94,16 +94,16 @@ class Lifecycle(Groups):
             self.release.end()
         check_capture(self)
         self._prepare()
-        warming = not self.state and warms_up(self.param_groups)
+        creating = not self.state and only_creates_state(self.param_groups)
         hypers = [self._hyper(group) for group in self.param_groups]
         for plan in self._planned():
             if not self._waits(self.param_groups[plan.group]):
-                self._step_plan(plan, hypers[plan.group], warming=warming)
+                self._step_plan(plan, hypers[plan.group], creating=creating)
         self._low_grads.clear()
         return loss
 
-    def _step_plan(self, plan: Plan, hyper: Any, *, warming: bool = False) -> None:
-        for bucket in self._bucket(plan, hyper, warming=warming).parts():
+    def _step_plan(self, plan: Plan, hyper: Any, *, creating: bool = False) -> None:
+        for bucket in self._bucket(plan, hyper, creating=creating).parts():
             with whole_bases(bucket):
                 (self.plain if plan.view is None else self._project)(bucket)
         if plan.stacked:
@@ -174,8 +174,8 @@ class Lifecycle(Groups):
         """Step a bucket of projected matrices, in whatever coordinates."""
         self.update(b)
 
-    def _bucket(self, plan: Plan, hyper: Any, *, warming: bool) -> Bucket:
-        """Gather what takes part in this step, creating the state of parameters that are new; no more if `warming`."""
+    def _bucket(self, plan: Plan, hyper: Any, *, creating: bool) -> Bucket:
+        """Gather what takes part in this step, creating the state of parameters that are new; no more if `creating`."""
         alone = plan.layout.alone and not isinstance(plan.layout.sharding, stack.Stacked)
         skips = alone or self.release is not None or not self._given()
         bucket = Bucket(plan, hyper, [], [], [], [], [], [], [], [])
@@ -190,9 +190,9 @@ class Lifecycle(Groups):
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             held = self.state[param]
             if not held:
-                describe = self._awaited if warming else self._state_of
+                describe = self._specs_to_load if creating else self._state_of
                 held.update(state.zeros(describe(param, plan.view, plan.group), plan.layout))
-                if warming:
+                if creating:
                     continue
             pieces = (local(param), plan.layout.piece(grad), self._piece(param, held, plan.layout))
             if not plan.stacked:
@@ -203,7 +203,7 @@ class Lifecycle(Groups):
                 bucket.take(*matrix, (places[0][number], places[1][number]), None)
         return bucket
 
-    def _awaited(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
+    def _specs_to_load(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
         """Describe the state that is made to be loaded into: that of an optimizer which has run for a while."""
         return self._state_of(param, view, group)
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from .codec import form_of
+from .flattening import STAGE, is_partitioned
 from .optimizer import SubspaceOptimizer
 from .rules import RULES
-from .witness import STAGE, is_partitioned
 
 ALIGNMENT = 2
 """DeepSpeed pads a flat group to a multiple of so many elements a rank."""

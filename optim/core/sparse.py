@@ -35,10 +35,10 @@ from .segments import Segments
 from .sharding import local
 from .spec import Spec
 from .state import zeros
-from .support import AVERAGE, INDEX, MOMENTS, PREFIX, STEP, WARMUP, Support, awaited, check
+from .support import AVERAGE, INDEX, MOMENTS, PREFIX, STEP, WARMUP, Support, check, specs_to_load
 
 __all__ = ["AVERAGE", "INDEX", "MOMENTS", "PREFIX", "STEP", "WARMUP", "Support", "check"]
-__all__ += ["Entries", "awaited", "rebased", "residual", "write_"]
+__all__ += ["Entries", "rebased", "residual", "specs_to_load", "write_"]
 
 GATHER = 1 << 20
 """Elements of R, and of P, that are gathered at a time."""

@@ -69,7 +69,7 @@ class Support:
         return described
 
 
-def awaited(described: dict[str, Spec], support: Support, param: Tensor, hyper: Hyper) -> dict[str, Spec]:
+def specs_to_load(described: dict[str, Spec], support: Support, param: Tensor, hyper: Hyper) -> dict[str, Spec]:
     """State to load into: a checkpoint, unless it is a very early one, was written when S was chosen."""
     if AVERAGE not in described:
         return described

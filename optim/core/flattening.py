@@ -19,7 +19,7 @@ REMEDY = (
 STAGE = f"""set {{"zero_optimization": {{"stage": 2}}}}, or {SHARD}"""
 
 
-class Witness:
+class FlatteningGuard:
     """Remembers the groups as they were added, to tell when they are others.
 
     Args:
@@ -27,7 +27,7 @@ class Witness:
         before: What was known of the groups in whose places these are, as where a state dict was loaded.
     """
 
-    def __init__(self, groups: list[dict[str, Any]] | None = None, before: Witness | None = None) -> None:
+    def __init__(self, groups: list[dict[str, Any]] | None = None, before: FlatteningGuard | None = None) -> None:
         self._groups = groups
         known = set() if before is None else before.places()
         self._wide = [group for place, group in enumerate(groups or []) if place in known or _has_matrices(group)]

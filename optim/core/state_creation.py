@@ -12,7 +12,7 @@ from . import stack
 from .layout import Layout
 
 
-def warms_up(groups: Sequence[dict[str, Any]]) -> bool:
+def only_creates_state(groups: Sequence[dict[str, Any]]) -> bool:
     """Recognise it, where there is no state yet: nothing but rates of 0 and zero gradients.
 
     It must allocate and do nothing else: no basis of zeros, no step counted.
