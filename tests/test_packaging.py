@@ -1,5 +1,7 @@
 """The package installs from a wheel, and the repository root as current folder disturbs nobody's imports."""
 
+import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -54,3 +56,12 @@ def test_neighbours_import_from_the_repository_root(package: str, code: str) -> 
 def test_bare_kernels_passes_for_a_folder() -> None:
     code = "import kernels\nassert not hasattr(kernels, '__file__') and not hasattr(kernels, 'pick')"
     run(code, ROOT)
+
+
+@pytest.mark.parametrize("folder", ["optim/core", "optim/planning", "kernels"])
+def test_the_map_of_a_package_names_its_modules_and_no_others(folder: str) -> None:
+    docstring = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text())) or ""
+    modules = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    listed = "\n".join(line for line in docstring.splitlines() if line.startswith(("- ", "  ")))
+    assert modules <= set(re.findall(r"`(\w+)`", listed))
+    assert set(re.findall(r"^- `(\w+)`", docstring, flags=re.MULTILINE)) <= modules
