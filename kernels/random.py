@@ -61,18 +61,18 @@ def noise(seed: Seed, rows: range, cols: range, device: Device = "cpu") -> Tenso
     """
     keyed = row_keys(seed, rows, device)
     col = torch.arange(cols.start // 2, (cols.stop + 1) // 2, device=device, dtype=torch.int32)[None, :]
-    return _finalise32_(keyed ^ (col * _signed(_SPREAD))).view(torch.int16)[:, cols.start % 2 :][:, : len(cols)]
+    return _finalise32_(keyed ^ (col * as_int32(_SPREAD))).view(torch.int16)[:, cols.start % 2 :][:, : len(cols)]
 
 
 def row_keys(seed: Seed, rows: range, device: Device = "cpu") -> Tensor:
     """The part of `noise` that a row has in common, int32 (len(rows), 1)."""
     row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int32)[:, None]
-    return _finalise32_((row * _signed(_GOLDEN)).add_(_word(seed)))
+    return _finalise32_((row * as_int32(_GOLDEN)).add_(_word(seed)))
 
 
 def half_words(key: Tensor, col: Tensor) -> Tensor:
     """`noise` for int32 keys of rows and columns, cell by cell as a compiler fuses it, int32."""
-    word = _finalise32_(key ^ ((col >> 1) * _signed(_SPREAD)))
+    word = _finalise32_(key ^ ((col >> 1) * as_int32(_SPREAD)))
     return ((word >> ((col & 1) << 4)) << 16) >> 16
 
 
@@ -223,17 +223,17 @@ def _finalise32_(x: Tensor) -> Tensor:
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= 0x7FEB352D
     x ^= (x >> 15).bitwise_and_(0x1FFFF)
-    x *= _signed(0x846CA68B)
+    x *= as_int32(0x846CA68B)
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     return x
 
 
 def _word(seed: Seed) -> Seed:
-    return seed.to(torch.int32) if isinstance(seed, Tensor) else _signed(seed)
+    return seed.to(torch.int32) if isinstance(seed, Tensor) else as_int32(seed)
 
 
-def _signed(word: int) -> int:
-    """The int32 of the same 32 bits."""
+def as_int32(word: int) -> int:
+    """The int32 of the same 32 bits; Triton then gives every seed one type, i32, and compiles a kernel once."""
     word &= _MASK
     return word - (1 << 32) if word >= 1 << 31 else word
 

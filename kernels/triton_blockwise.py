@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .blockwise import Blocks, Format, borders, dynamic_map
+from .random import as_int32
 from .triton_common import noise
-from .triton_common import signed as signed_word
 
 ON_GPU, ON_CPU = 1024, 1 << 15
 """Entries of a program: the interpreter's cost is by program, whatever its size."""
@@ -151,7 +151,7 @@ def quantise_(
         return
     edges = tables(str(values.device))[512 if signed else 768 :]
     code_blocks[_grid(values, form)](
-        values, *blocks, edges, *_sizes(values, form), signed_word(seed), *first,
+        values, *blocks, edges, *_sizes(values, form), as_int32(seed), *first,
         *values.stride(), *blocks.codes.stride(), *blocks.scale.stride(),
         SIGNED=signed, DYNAMIC=form.name == "dynamic", **cut(values, form), enable_fp_fusion=True,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .capture import capturing, constant
-from .random import Seed
+from .random import Seed, as_int32
 from .rounding import Target
 
 EXACT, NEAREST, STOCHASTIC, COMPENSATED, COMPENSATED8, HALF = range(6)
@@ -123,7 +123,7 @@ def pack(device: torch.device, numbers: Sequence[float | Tensor], words: Sequenc
     What is a tensor on the device stays there. While a CUDA graph is captured the others are constants of it.
     """
     floats = [0.0 if isinstance(x, Tensor) else x for x in numbers]
-    whole = [0 if isinstance(word, Tensor) else signed(word) for word in words]
+    whole = [0 if isinstance(word, Tensor) else as_int32(word) for word in words]
     known = torch.tensor(floats, dtype=torch.float32, device="cpu").view(torch.int32)
     packed = torch.cat([known, torch.tensor(whole, dtype=torch.int32, device="cpu")])
     there = {index: x for index, x in enumerate((*numbers, *words)) if isinstance(x, Tensor)}
@@ -138,9 +138,3 @@ def pack(device: torch.device, numbers: Sequence[float | Tensor], words: Sequenc
         else:
             packed[index] = value.to(device, torch.int32)
     return packed
-
-
-def signed(word: int) -> int:
-    """The int32 of the same 32 bits, so that every seed has the type i32."""
-    word &= 0xFFFFFFFF
-    return word - (1 << 32) if word >= 1 << 31 else word

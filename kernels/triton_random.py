@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import random
-from .triton_common import bits, signed
+from .random import as_int32
+from .triton_common import bits
 
 ON_GPU, ON_CPU = 1024, 1 << 16
 """Elements of a program: the interpreter's cost is by program, whatever its size."""
@@ -65,14 +66,15 @@ def basis(out: Tensor, kind: str, seed: int, first: int, size: int) -> None:
     block = ON_GPU if out.is_cuda else ON_CPU
     grid = (triton.cdiv(count, block),)
     target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    word, scale = as_int32(seed), rank**-0.5
     if kind == "rademacher":
-        rademacher[grid](target, count, rank, first, signed(seed), rank**-0.5, BLOCK=block, enable_fp_fusion=True)
+        rademacher[grid](target, count, rank, first, word, scale, BLOCK=block, enable_fp_fusion=True)
     elif kind == "gaussian":
         table = random.quantiles(str(device))
-        gaussian[grid](target, table, count, rank, first, signed(seed), rank**-0.5, BLOCK=block, enable_fp_fusion=True)
+        gaussian[grid](target, table, count, rank, first, word, scale, BLOCK=block, enable_fp_fusion=True)
     else:
         table, chosen = random.angles(size, rank, str(device)), random.subset(seed, size, rank).to(device)
-        flips = signed(random.mix(seed, 1))
+        flips = as_int32(random.mix(seed, 1))
         orthonormal[grid](target, table, chosen, count, rank, first, flips, size, BLOCK=block, enable_fp_fusion=True)
     if target is not out:
         out.copy_(target)

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import bits, signed
+from .random import as_int32
+from .triton_common import bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,7 +93,7 @@ def sketch(out: Tensor, matrix: Tensor, seed: int, first: int = 0) -> None:
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     how = tile(m, rank, matrix.dtype, precision)
     sketch_signs[(triton.cdiv(m, how.rows) * triton.cdiv(rank, how.cols),)](
-        matrix, out, m, inner, rank, first, signed(seed), rank**-0.5, *matrix.stride(), *out.stride(),
+        matrix, out, m, inner, rank, first, as_int32(seed), rank**-0.5, *matrix.stride(), *out.stride(),
         ROWS=how.rows, COLS=how.cols, DEPTH=how.depth, WIDEN=not matrix.is_cuda, PRECISION=precision,
         num_warps=how.warps, num_stages=how.stages, enable_fp_fusion=True,
     )  # fmt: skip
