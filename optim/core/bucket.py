@@ -24,7 +24,7 @@ from .target import writing
 from .view import MatrixView
 
 CPU_BUFFER = 1 << 19
-"""Elements of a bucket's R on a CPU, where it is read back while still in the cache."""
+"""Most elements of a bucket's R on a CPU, so that every verb finds it still in the cache."""
 GPU_BUFFER = 1 << 26
 """The same on a GPU, where fewer launches count for more."""
 
@@ -36,11 +36,11 @@ class Plan:
     Args:
         group: Index of the parameter group.
         view: Orientation and rank of the whole matrices; None for a plain bucket (any shapes).
-        layout: Sums over shards.
+        layout: Where the parameters are sharded, and so which sums over ranks a step needs.
         params: The parameters.
-        positions: Positions of the matrices of each among all of the optimizer, one but for a stack: the source of
-            their random numbers.
-        offsets: Steps by which their refreshes come early where they are staggered.
+        positions: For every parameter the positions of its matrices among all of the optimizer (one, or more for a
+            stack): they seed its random numbers.
+        offsets: As `positions`, the steps by which the first refresh comes early with `stagger=True`.
         stacked: Every parameter is a stack of matrices.
     """
 
@@ -53,14 +53,14 @@ class Plan:
     stacked: bool = False
 
     def split(self) -> Iterator[Plan]:
-        """Cut into buckets whose low-rank buffers stay in the cache of a CPU, or small in the memory of a GPU."""
+        """Cut into plans whose low-rank buffers fit the cache of a CPU, or stay small in the memory of a GPU."""
         size = max(1, self.most // max(1, *map(len, self.positions)))
         for start in range(0, len(self.params), size):
             yield self._part(slice(start, start + size))
 
     @property
     def most(self) -> int:
-        """How many matrices there are in such a bucket, on every rank, however uneven its pieces are."""
+        """Most matrices of a bucket; it follows from the largest piece, so that ranks with uneven pieces cut alike."""
         if self.view is None:
             return sys.maxsize
         a = self.view.rank if self.view.full else self.piece[0]
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def piece(self) -> tuple[int, int]:
-        """Rows and columns of A that a rank has at most, the same numbers on all of them."""
+        """Rows and columns of the largest piece of A on any rank: the same numbers on all of them."""
         assert self.view is not None
         rows, cols = (math.prod(map(dist.get_world_size, groups)) for groups in (self.layout.rows, self.layout.cols))
         return -(-self.view.a // rows), -(-self.view.b // cols)
@@ -97,43 +97,43 @@ class Bucket:
     positions: list[int]
     offsets: list[int]
     ready: list[Tensor | None]
-    """Low-rank gradients R that arrive already projected, in the place of full ones."""
+    """R where it arrived already projected, as from `SubspaceAccumulator`; None where `grads` has the full gradient."""
     projected: list[Tensor | None]
-    """R where the refresh of this step has it at hand."""
+    """R where this step's refresh has computed it on the way; `project` then need not."""
     fresh: list[bool]
-    """Whether the basis was found in this step."""
+    """Whether this step has found a new basis."""
     usable: list[Tensor] = field(default_factory=list)
-    """Whether R was finite, 0-d each, known once it is made."""
+    """Whether R was finite, 0-d bools; filled by `project`."""
     rates: list[float | Tensor] = field(default_factory=list)
-    """Learning rates of an absolute rule, known once one is asked for."""
+    """Learning rates of a rule that is `absolute`; filled by `apply.rates` before any weight moves."""
     stored: list[State] = field(default_factory=list)
-    """The states as the optimizer keeps them, of which `states` are this rank's pieces; nothing for stacks."""
+    """The optimizer's own state dicts (DTensors where sharded), whose local pieces are `states`; not for stacks."""
 
     @property
     def view(self) -> MatrixView:
-        """Orientation and rank of the matrices, of this rank's pieces if they are sharded."""
+        """Orientation, rank and sizes of this rank's pieces of the matrices."""
         return self.layout.local(self.whole)
 
     @property
     def whole(self) -> MatrixView:
-        """Orientation and rank of the whole matrices."""
+        """Orientation, rank and sizes of the whole matrices."""
         if self.plan.view is None:
             raise TypeError("a plain bucket has no view: its parameters are not projected")
         return self.plan.view
 
     @property
     def layout(self) -> Layout:
-        """Sums over shards."""
+        """Where the parameters are sharded."""
         return self.plan.layout
 
     @property
     def mine(self) -> range | None:
-        """The projected coordinates of this rank's pieces; None where it has all."""
+        """Which of the b projected coordinates this rank's pieces have; None for all."""
         return self.layout.projected(self.view) if self.layout.cols else None
 
     @property
     def place(self) -> list[int]:
-        """Where this rank's piece of a moment begins in the whole, nothing where it is whole."""
+        """First row, or row and column, of this rank's piece of a moment in the whole one; empty where it is whole."""
         if self.layout.box is None:
             return []
         if self.plan.view is None:
@@ -168,7 +168,7 @@ class Bucket:
         return dtype
 
     def dithers(self, name: str) -> bool:
-        """Whether a moment is rounded stochastically; the authors' codes round bf16 to nearest."""
+        """Whether the moment of this name is rounded stochastically; `compat="official"` rounds bf16 to nearest."""
         nearest = self.hyper.official and self.hyper.state_dtype not in FORMATS
         return name in self.rule.drifting and not nearest
 
@@ -187,7 +187,7 @@ class Bucket:
         return self.grads[index].reshape(self.view.m, self.view.n)
 
     def take(self, param: Tensor, grad: Tensor, held: State, place: tuple[int, int], ready: Tensor | None) -> None:
-        """Add a matrix, or a parameter that is not projected; its place is its position and its offset."""
+        """Append a matrix, or a plain parameter; `place` is its position and its offset."""
         self.params.append(param)
         self.grads.append(grad)
         self.states.append(held)
@@ -198,7 +198,7 @@ class Bucket:
         self.fresh.append(False)
 
     def parts(self) -> Iterator[Bucket]:
-        """Cut where stacks have brought more matrices than a bucket should have."""
+        """Cut into buckets of at most `plan.most` matrices, which a stack may exceed by itself."""
         size = max(1, min(self.plan.most, len(self.params)))
         for start in range(0, len(self.params), size):
             yield self._part(slice(start, start + size))
@@ -213,4 +213,4 @@ class Bucket:
 
 
 LISTS = ("params", "grads", "states", "positions", "offsets", "ready", "projected", "fresh", "stored")
-"""What a bucket has one of for each of its parameters."""
+"""Fields of a bucket that have one entry a matrix; `usable` and `rates` belong to one step of one bucket."""

@@ -25,7 +25,7 @@ def make_plans(groups: Sequence[dict[str, Any]], see: See, replicas: ProcessGrou
 
     Args:
         groups: Parameter groups.
-        see: Tells how a parameter of a group is projected, None for a plain one.
+        see: Returns the view of a parameter of a group; None for a plain one.
         replicas: Processes that hold the same parameters.
     """
     sorted_out: dict[tuple[Any, ...], Plan] = {}
@@ -60,5 +60,5 @@ def _stagger(plans: list[Plan], groups: Sequence[dict[str, Any]]) -> None:
 
 
 def seen(param: Tensor) -> tuple[Any, ...]:
-    """What of a parameter decides its bucket: another object, or one that was cast, moved or reshaped, is another."""
+    """What of a parameter decides its bucket; it changes if the parameter is replaced, cast, moved or reshaped."""
     return id(param), param.dtype, param.device, param.shape

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 class Groups(Optimizer):
     """Parameter groups whose options are validated, and the state of their parameters, described before it exists.
 
-    What is asked of a group's options (`_validate`, `_hyper`, `_structure`, `_view`, `_specs`) is overridden where they
-    are others.
+    The methods that read options (`_validate`, `_hyper`, `_structure`, `_view`, `_specs`) are overridden by optimizers
+    with other ones.
 
     Args:
         params: Parameters, parameter groups or (name, parameter) pairs, as in torch.optim.
@@ -64,7 +64,7 @@ class Groups(Optimizer):
         self._method_options = {**getattr(self, "_method_options", {}), **options}
 
     def _transient(self) -> None:
-        """Set up what is derived and never saved."""
+        """Set up attributes that are derived and never saved."""
         self._flattening_guard = FlatteningGuard(
             getattr(self, "param_groups", None), getattr(self, "_flattening_guard", None)
         )
@@ -83,7 +83,7 @@ class Groups(Optimizer):
         for held in self.state.values():
             if isinstance(held.get("step"), int | float):
                 held["step"] = torch.tensor(float(held["step"]), dtype=torch.float32, device="cpu")
-        if self.state:  # of a copy: it was written under the options that the groups have now
+        if self.state:  # a copied or unpickled optimizer: its state was written under the options of its groups
             self._settled = self._described(make_plans(self.param_groups, self._sees, self.replicas))
 
     def _validate(self, group: dict[str, Any]) -> None:
@@ -133,7 +133,7 @@ class Groups(Optimizer):
             self._view(param, group)
 
     def _planned(self) -> list[Plan]:
-        """The buckets of all groups, rebuilt when parameters or the structure of a group are others than before.
+        """The buckets of all groups, rebuilt when parameters, or options that decide over state, have changed.
 
         State that exists is brought to what its group needs now.
 
@@ -190,7 +190,7 @@ class Groups(Optimizer):
         return MatrixView.of(param.shape, rank, hyper.side)
 
     def _sees(self, param: Tensor, group: dict[str, Any]) -> MatrixView | None:
-        """The same of a parameter that may be a stack: of any of its matrices."""
+        """`_view` of a parameter that may be a stack: then that of one of its matrices."""
         return self._view(stack.one(param, group), group)
 
     def _specs(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:
@@ -198,7 +198,7 @@ class Groups(Optimizer):
         return state.specs(param, view, Hyper.of(group))
 
     def _state_of(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
-        """The same with the correction of a weight that is written with one."""
+        """Describe all state of a parameter: `_specs`, of every matrix of a stack, and a correction of its rounding."""
         return self._specs_in(param, view, self.param_groups[group])
 
     def _specs_in(self, param: Tensor, view: MatrixView | None, group: dict[str, Any]) -> dict[str, Spec]:

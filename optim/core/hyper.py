@@ -28,7 +28,7 @@ ALIASES = {
 """Names of the neighbours for our options, accepted in parameter groups."""
 
 NUMERICS = ("state_dtype", "gemm_dtype", "basis_dtype", "rounding", "backend")
-"""Options that every group of every optimizer might name; one that an optimizer does not have is refused."""
+"""Options that users put into groups of any optimizer; one that does not have them says so instead of ignoring them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,23 +99,23 @@ class Hyper:
         return self.official and self.state_dtype not in FORMATS
 
     @property
-    def chooses(self) -> Projector:
-        """How the subspace is chosen and kept."""
+    def strategy(self) -> Projector:
+        """How the subspace is found and kept: what the name `projector` stands for."""
         return PROJECTORS[self.projector]
 
     @property
     def basis(self) -> Basis:
         """How the basis is kept: the projector's way, for a fused weight one for every range of rows."""
-        return Segments.read(self.num_heads) if isinstance(self.num_heads, tuple) else self.chooses.basis
+        return Segments.read(self.num_heads) if isinstance(self.num_heads, tuple) else self.strategy.basis
 
     @property
     def side(self) -> str:
         """The projected side: the projector's own, or what the group says."""
-        return self.chooses.side or self.proj_type
+        return self.strategy.side or self.proj_type
 
     @property
     def counts_coordinates(self) -> bool:
-        """Coordinates that stay keep their own age at a refresh, which Adam's bias correction needs."""
+        """Whether every coordinate has a step count of its own: one that stays at a refresh keeps moments and age."""
         plain = self.rule == "adamw" and not self.official
         return plain and self.carry == "rotate" and self.basis.counted
 

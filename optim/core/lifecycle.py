@@ -24,13 +24,13 @@ from .view import MatrixView
 
 
 class Release(Protocol):
-    """What of gradient release an optimizer knows: the backward passes since its last step."""
+    """What an optimizer asks of gradient release, which holds gradients of parameters that are not stepped yet."""
 
     def end(self) -> None:
-        """Step what still waits."""
+        """Step the parameters whose gradients are held."""
 
     def discard(self) -> None:
-        """Forget what waits."""
+        """Drop the gradients that are held."""
 
 
 class Lifecycle(Groups):
@@ -40,11 +40,11 @@ class Lifecycle(Groups):
     """
 
     linear_between_refreshes: bool = False
-    """Between two refreshes the update takes nothing from a gradient but A P, which may be summed in its place."""
+    """Whether an update between two refreshes uses nothing of a gradient but A P, which may then be summed instead."""
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """What a GradScaler asks before it steps; it would divide gradients that have been used already.
+        """Asked by a GradScaler before a step; with released gradients it would unscale those that were used already.
 
         Raises:
             RuntimeError: Gradients are released.
@@ -58,10 +58,10 @@ class Lifecycle(Groups):
         return False
 
     def _transient(self) -> None:
-        """Set up what is derived and never saved."""
+        """Set up attributes that are derived and never saved."""
         super()._transient()
         self._low_grads: dict[Tensor, Tensor] = {}
-        self.release: Release | None = getattr(self, "release", None)  # which loading does not end
+        self.release: Release | None = getattr(self, "release", None)  # loading a state dict does not end it
         self._alone: dict[int, tuple[Plan, tuple[Any, ...]]] = {}
 
     def update(self, b: Bucket) -> None:
@@ -105,9 +105,9 @@ class Lifecycle(Groups):
     def _step_plan(self, plan: Plan, hyper: Any, *, creating: bool = False) -> None:
         for bucket in self._bucket(plan, hyper, creating=creating).parts():
             with whole_bases(bucket):
-                (self.plain if plan.view is None else self._project)(bucket)
+                (self.plain if plan.view is None else self._step_projected)(bucket)
         if plan.stacked:
-            self._count(plan)
+            self._store_counters(plan)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -153,7 +153,7 @@ class Lifecycle(Groups):
             yield from plan.alone()
 
     def _mark(self, param: Tensor, plan: Plan) -> tuple[Any, ...]:
-        """What a plan of one parameter depends on; to look at all groups for each would be quadratic."""
+        """What the cached plan of one parameter depends on: looking at all groups for each would be quadratic."""
         if plan.group >= len(self.param_groups):
             return ()
         group = self.param_groups[plan.group]
@@ -164,18 +164,18 @@ class Lifecycle(Groups):
         return None
 
     def _prepare(self) -> None:
-        """Do what must precede the sorting into buckets."""
+        """Hook before parameters are sorted into buckets: `rank="auto"` chooses its ranks here."""
 
     def _waits(self, group: dict[str, Any]) -> bool:
         """Tell whether a group cannot be stepped yet."""
         return False
 
-    def _project(self, b: Bucket) -> None:
-        """Step a bucket of projected matrices, in whatever coordinates."""
+    def _step_projected(self, b: Bucket) -> None:
+        """Step a bucket of projected matrices: `update`, which `weight_norm` wraps in a change of coordinates."""
         self.update(b)
 
     def _bucket(self, plan: Plan, hyper: Any, *, creating: bool) -> Bucket:
-        """Gather what takes part in this step, creating the state of parameters that are new; no more if `creating`."""
+        """Collect the parameters that take part in this step; create their state, and if `creating` do no more."""
         alone = plan.layout.alone and not isinstance(plan.layout.sharding, stack.Stacked)
         skips = alone or self.release is not None or not self._given()
         bucket = Bucket(plan, hyper, [], [], [], [], [], [], [], [])
@@ -204,11 +204,11 @@ class Lifecycle(Groups):
         return bucket
 
     def _specs_to_load(self, param: Tensor, view: MatrixView | None, group: int) -> dict[str, Spec]:
-        """Describe the state that is made to be loaded into: that of an optimizer which has run for a while."""
+        """Describe the state that a checkpoint is loaded into: that of an optimizer which has run for a while."""
         return self._state_of(param, view, group)
 
     def _piece(self, param: Tensor, held: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-        """This rank's pieces of the state of a parameter, which share its memory."""
+        """This rank's pieces of the state of a parameter, in the same memory but for counters of sharded stacks."""
         if layout.sharding is None:
             return held
         known = self._pieces.get(param)
@@ -219,8 +219,8 @@ class Lifecycle(Groups):
             known = self._pieces[param] = (held, pieces)
         return known[1]
 
-    def _count(self, plan: Plan) -> None:
-        """Store the counters of sharded stacks, which lie on a device: a step works on copies that it can read."""
+    def _store_counters(self, plan: Plan) -> None:
+        """Write counters of sharded stacks back to the device: a step reads and advances copies on the host."""
         for param in plan.params:
             held, pieces = self._pieces.get(param, ({}, {}))
             for name, piece in pieces.items():

@@ -86,7 +86,7 @@ class SubspaceOptimizer(Lifecycle):
             param_group.setdefault("budget", None)
         super().add_param_group(param_group)
         if self.param_groups[-1]["rank"] == AUTO:
-            self.param_groups[-1].setdefault("ranks", None)  # open; a key that is there from the start is not lost
+            self.param_groups[-1].setdefault("ranks", None)  # not chosen yet; DCP loads only what has a key
 
     def _restore(self, loaded: dict[str, Any]) -> None:
         super()._restore(loaded)
@@ -106,7 +106,7 @@ class SubspaceOptimizer(Lifecycle):
                 group["ranks"] = choose_ranks(group, self._bytes_at)
 
     def _waits(self, group: dict[str, Any]) -> bool:
-        """A group whose ranks are open stands still until a gradient tells something of them."""
+        """A group with `rank="auto"` is not stepped before one of its gradients has a spectrum to choose ranks from."""
         return group["rank"] == AUTO and group.get("ranks") is None
 
     def needs_all_gradients(self) -> str | None:
@@ -149,7 +149,7 @@ class SubspaceOptimizer(Lifecycle):
         if group["weight_norm"] and self._sees(param, group) is not None:
             weight_norm.check(stack.one(param, group))
 
-    def _project(self, b: Bucket) -> None:
+    def _step_projected(self, b: Bucket) -> None:
         if b.hyper.weight_norm:
             weight_norm.normalised(b, self.update)
         else:

@@ -43,7 +43,7 @@ def refresh(b: Bucket) -> None:
     tells = [torch.finfo(b.dtype).tiny <= value < math.inf for value in scales.cpu().tolist()]
     _skip(b, [index for index, told in zip(due, tells, strict=True) if not told])
     chosen = {index: scale for index, scale, told in zip(due, scales, tells, strict=True) if told}
-    shares = b.layout.replicas is not None and b.hyper.chooses.searches
+    shares = b.layout.replicas is not None and b.hyper.strategy.searches
     find, batches = (_shared, [list(chosen)]) if shares and chosen else (_find, _batches(b, list(chosen)))
     exact = b.hyper.basis_dtype is None and not b.layout.cols  # rounding turns the basis; sums over columns come later
     for batch in batches:
@@ -55,7 +55,7 @@ def refresh(b: Bucket) -> None:
 
 
 def _is_due(b: Bucket, held: State) -> bool:
-    return held["until_refresh"].item() <= 0 and not (b.hyper.chooses.follows and held["refreshes"].item() > 0)
+    return held["until_refresh"].item() <= 0 and not (b.hyper.strategy.follows and held["refreshes"].item() > 0)
 
 
 def _batches(b: Bucket, indices: list[int]) -> Iterator[list[int]]:
@@ -81,7 +81,7 @@ def follow(b: Bucket, low: Tensor) -> None:
         b: The bucket, whose weights have moved already.
         low: R (k, a, r) of this step.
     """
-    if not b.hyper.chooses.follows:
+    if not b.hyper.strategy.follows:
         return
     low = b.layout.gather(low, b.view.a)
     if b.hyper.projector == "descend":
@@ -97,7 +97,7 @@ def _find(b: Bucket, batch: list[int], scales: list[Tensor]) -> list[Bases]:
     requests = [_request(b, index, scale) for index, scale in zip(batch, scales, strict=True)]
     if b.hyper.official and b.hyper.projector == "svd":
         return [official_svd(request) for request in requests]
-    return b.hyper.chooses.find(requests)
+    return b.hyper.strategy.find(requests)
 
 
 def _request(b: Bucket, index: int, scale: Tensor) -> Request:

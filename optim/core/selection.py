@@ -43,7 +43,7 @@ def size_of(hyper: Hyper, m: int, n: int) -> tuple[int, int]:
     columns, rows, randk    floor(rho n), floor(rho m), floor(rho m n), or rank, rank, rank max(m, n)
     directions              round(rho min(m, n)), or rank
     """
-    side = hyper.chooses.side if hyper.basis.picks else None
+    side = hyper.strategy.side if hyper.basis.picks else None
     whole: int = {"right": n, "left": m, "flat": m * n, None: min(m, n)}[side]
     if hyper.density is not None:
         size = round(hyper.density * whole) if side is None else int(hyper.density * whole)

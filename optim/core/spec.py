@@ -7,21 +7,28 @@ from typing import Literal, NamedTuple
 import torch
 
 Axis = Literal["param", "m", "n", "kept", "basis", "projected", "entries", ""]
-"""What the rows of a state are: `param` all dimensions of the parameter, `m` and `n` its rows and columns as a matrix,
-`kept` the rows of R, `basis` the rows of P, which may be spread, `projected` what has those rows and is not, `entries`
-single entries, dealt out evenly wherever they lie, and nothing of it where every rank has all."""
+"""What the first dimension of a state tensor runs over, which decides how it is sharded beside its parameter:
+
+    param        the same as the parameter's, and so on: a tensor of its shape
+    m, n         the rows or the columns of the parameter as a matrix
+    kept         the rows of R (a, r)
+    basis        the rows of P (b, r), of which every rank may keep an even share (`shard_basis`)
+    projected    the rows of P, sharded as the projected side is and never otherwise
+    entries      single entries, dealt out evenly wherever they lie in the parameter
+    ""           nothing that is sharded: every rank has all of it
+"""
 
 
 class Spec(NamedTuple):
     """Metadata of a state tensor.
 
     Args:
-        shape: Its shape, of the whole where it is sharded.
+        shape: Its shape, that of the whole where it is sharded.
         dtype: Its dtype.
         device: Its device.
-        form: Name of the code of one that is coded.
-        meaning: What its numbers stand for beside their shape: a rule, a side, a kind of basis.
-        axis: What its rows are, where they lie if the parameter is sharded.
+        form: Name of the 8-bit format of a coded moment; None for plain numbers.
+        axis: What its first dimension runs over; see `Axis`.
+        meaning: What its numbers stand for where the shape does not tell: a rule, a side, a kind of basis.
     """
 
     shape: tuple[int, ...]

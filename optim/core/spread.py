@@ -1,4 +1,4 @@
-"""Bases that are spread over ranks: whole for the time of a step, one bucket at a time."""
+"""Bases of which every rank keeps a share (`shard_basis`): gathered for the time of a step, bucket by bucket."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .flat import Flat
 
 @contextmanager
 def whole_bases(b: Bucket) -> Iterator[None]:
-    """Gather the bases of a bucket, and keep this rank's rows of what became of them."""
+    """Put whole bases into the states of a bucket; at the end store this rank's share of them, changed or not."""
     shares = [held["basis"] for held in b.states if "basis" in held]
     whole, mine = _gathered(b, shares) if shares else (shares, slice(0))
     if whole is shares:
@@ -32,11 +32,11 @@ def whole_bases(b: Bucket) -> Iterator[None]:
 
 
 def _gathered(b: Bucket, shares: list[Tensor]) -> tuple[Sequence[Tensor], slice]:
-    """Whole bases, and which part of them is this rank's; the shares themselves where they are whole."""
+    """Whole bases, and which part of them is this rank's; returns `shares` itself if they are whole already."""
     layout = b.layout
     if isinstance(layout, Flat):
         return entries.collect(shares, layout.count, layout), entries.share(layout.count, layout)
     if not layout.spread or shares[0].ndim != 2 or b.hyper.projector == "descend":
-        return shares, slice(0)  # replicated: indices, bases that move in every step
+        return shares, slice(0)  # every rank has all: indices, stacks of bases, bases that move in every step
     whole = layout.gather_bases(torch.stack(shares), b.whole.b)
     return whole.unbind(), layout.own_basis(b.whole.b)

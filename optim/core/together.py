@@ -1,4 +1,4 @@
-"""Several sums in one collective: what a bucket sends should not depend on how many matrices it has."""
+"""Several matrices at a time: their sums share a collective, so that more matrices do not mean more messages."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ def stacked(matrices: Sequence[Tensor]) -> Tensor:
 
 
 def batches(layout: Layout, indices: Sequence[int]) -> list[list[int]]:
-    """Matrices that are worked on at a time: all whose sums share a collective, or one by one where none is sent."""
+    """Which matrices to work on at a time: all where sums are sent, one by one (least memory) where none are."""
     if layout.alone:
         return [[index] for index in indices]
     return [list(indices)] if indices else []
 
 
 def buckets(b: Bucket) -> Iterator[Bucket]:
-    """What `batches` are of a bucket: itself, or one of every matrix."""
+    """Cut a bucket into `batches`: itself, or one bucket a matrix."""
     for batch in batches(b.layout, range(len(b.params))):
         yield b if len(batch) == len(b.params) else b.only(*batch)
 
 
 @dataclass(slots=True)
 class Recipe:
-    """A large tensor that several phases need: made anew in each, for all of a batch at once would not fit.
+    """A large tensor that is needed several times: made anew every time, as those of a whole batch would not fit.
 
     Args:
-        make: Makes it in memory of its own.
-        keep: Make it once, where the batch is a single matrix; who calls it last may write to it.
+        make: Makes it, in memory of its own.
+        keep: Make it once and hold it, for a batch of a single matrix; then only the last caller may overwrite it.
     """
 
     make: Make
@@ -64,7 +64,7 @@ class Recipe:
     _made: Tensor | None = field(default=None, init=False)
 
     def __call__(self) -> Tensor:
-        """Return it."""
+        """Make the tensor, or return the one that is held."""
         made = self.make() if self._made is None else self._made
         if self.keep:
             self._made = made

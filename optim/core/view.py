@@ -80,7 +80,7 @@ class MatrixView:
 
 
 def rank_of(shape: tuple[int, int], rank: int | None, density: float | None) -> int | None:
-    """Rank of a matrix where a group gives it, or gives it as a share of the smaller side; None is plain."""
+    """Rank of a matrix of this shape: `rank`, or `density` as a share of the smaller side; None is plain."""
     return rank if density is None else max(1, round(density * min(shape)))
 
 
