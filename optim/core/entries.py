@@ -22,14 +22,14 @@ DIGIT = 8
 """Bits of a digit by which the largest entries are found."""
 
 CHUNK = 1 << 20
-"""Entries that are looked at at a time."""
+"""Entries that are read at a time, which bounds temporary memory."""
 
 
 class Place(NamedTuple):
-    """Where the entries S lie in this rank's piece.
+    """Which of the k entries S are in this rank's piece, and where.
 
     Args:
-        here: Which of them do, as positions in S; None for all.
+        here: Their positions among the k; None for all.
         flat: Their flat indices in the piece.
     """
 
@@ -37,11 +37,11 @@ class Place(NamedTuple):
     flat: Tensor
 
     def of(self, values: Tensor) -> Tensor:
-        """Those of the values (k,) whose entries lie here."""
+        """Select from (k,) the values of the entries in this piece."""
         return values if self.here is None else values[self.here]
 
     def among(self, values: Tensor, count: int) -> Tensor:
-        """Values of the entries here among all k, zero elsewhere."""
+        """Put values of the entries in this piece into (k,), zero for all others."""
         return values if self.here is None else values.new_zeros(count).index_copy_(0, self.here, values)
 
 
@@ -75,7 +75,7 @@ def deal(values: Sequence[Tensor], layout: Layout) -> list[Tensor]:
 
 
 def collect(shares: Sequence[Tensor], count: int, layout: Layout) -> list[Tensor]:
-    """All k of vectors of which every rank keeps a share."""
+    """Gather vectors (k,) of which every rank keeps a share."""
     if layout.alone or not shares:
         return list(shares)
     levels = []

@@ -2,8 +2,8 @@
 
     R (1, r) = the chosen entries of A (1, m n)
 
-Where the weight is sharded, its pieces are pieces of that row, and R lies nowhere: it is dealt out evenly, as the
-indices are, so that a rank keeps r / W of everything. A step gathers the indices, deals out R and gathers N.
+Where the weight is sharded over W ranks, its pieces are pieces of that row. The chosen entries may all be in one piece,
+so R and the indices are dealt out evenly, r / W to a rank: a step gathers the indices, deals out R and gathers N.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Flat(Layout):
 
     @classmethod
     def seeing(cls, layout: Layout, view: MatrixView) -> Layout:
-        """That of a weight whose own layout is known; of a plain tensor it is the same."""
+        """Turn a weight's layout into that of its one row; a plain tensor, or a view of more rows, keeps its own."""
         if layout.sharding is None or layout.box is None or (view.m, view.n) == layout.shape:
             return layout
         return cls(cols=layout.sharding.everywhere, box=layout.box, sharding=layout.sharding, count=view.rank)
@@ -65,7 +65,7 @@ class Flat(Layout):
         return view if self.box is None else replace(view, m=1, n=self.box.m * self.box.n)
 
     def projected(self, view: MatrixView) -> range:
-        """Coordinates of the piece itself: they are no range of the whole."""
+        """Coordinates within the piece: its cells are no contiguous range of the whole row."""
         return range(view.b)
 
     def kept(self, view: MatrixView) -> range:
@@ -88,16 +88,16 @@ class Flat(Layout):
 
 @dataclass(frozen=True)
 class Single(Index):
-    """A choice of r entries by their flat indices, whole for the time of a step.
+    """A choice of r entries by their flat indices; `spread.whole_bases` gathers all of them for the time of a step.
 
     Args:
-        layout: Of the weight that is cut.
+        layout: Layout of the weight.
     """
 
     layout: Layout = ALONE
 
     def within(self, layout: Layout) -> Single:
-        """Those of a piece of a weight."""
+        """Bind it to the layout of a weight, for its pieces."""
         return Single(layout)
 
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
@@ -110,7 +110,7 @@ class Single(Index):
         return [match if layout.alone else Shared(match, layout) for match in matches]
 
     def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
-        """Take the entries; those of other pieces are zero here, and summed up later."""
+        """Take the entries; those of other pieces are zero here, and filled in by `Layout.reduce`."""
         place = self._place(held)
         if place.here is None:
             INDEX.project(matrix, held, gemm, out)
@@ -130,7 +130,7 @@ class Single(Index):
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """Which entries stay, for moments of which every rank keeps a share: they are gathered, and cut again."""
+    """A `Match` for moments of which every rank keeps a share: they are gathered, matched and cut again."""
 
     match: Match
     layout: Layout

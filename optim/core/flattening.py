@@ -1,4 +1,4 @@
-"""Groups whose matrices were flattened behind the optimizer's back, which leaves nothing to project."""
+"""Refuses groups whose matrices a framework has flattened into vectors, which leaves nothing to project."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ STAGE = f"""set {{"zero_optimization": {{"stage": 2}}}}, or {SHARD}"""
 
 
 class FlatteningGuard:
-    """Remembers the groups as they were added, to tell when they are others.
+    """Remembers which groups had matrices when they were added, to notice when a framework has flattened them.
 
     Args:
         groups: The list of groups of an optimizer.
-        before: What was known of the groups in whose places these are, as where a state dict was loaded.
+        before: The guard of the groups that these replace, as where a state dict was loaded.
     """
 
     def __init__(self, groups: list[dict[str, Any]] | None = None, before: FlatteningGuard | None = None) -> None:
@@ -33,7 +33,7 @@ class FlatteningGuard:
         self._wide = [group for place, group in enumerate(groups or []) if place in known or _has_matrices(group)]
 
     def places(self) -> set[int]:
-        """Where the groups are that had matrices."""
+        """Indices of the groups that had matrices."""
         return {place for place, group in enumerate(self._groups or []) if self._knows(group)}
 
     def _knows(self, group: dict[str, Any]) -> bool:
@@ -47,7 +47,7 @@ class FlatteningGuard:
             explicit: The group named a rank or a density itself.
 
         Raises:
-            ValueError: It did, and has nothing but vectors; or ZeRO stage 3 of DeepSpeed has its matrices in pieces.
+            ValueError: `explicit` and the group has nothing but vectors; or ZeRO stage 3 has cut its matrices.
         """
         group = groups[-1]
         _check_partitioned(group)
@@ -58,7 +58,7 @@ class FlatteningGuard:
             self._wide.append(group)
 
     def check(self, groups: list[dict[str, Any]]) -> None:
-        """Tell whether groups are what they were.
+        """Refuse groups that have been flattened or taken away since they were added.
 
         Raises:
             ValueError: Matrices of a group with an option for matrices have become vectors, or groups are hidden from
@@ -106,7 +106,7 @@ def _check_vectors(group: Group) -> None:
 
 
 def _for_matrices(group: Group) -> tuple[str, str, str] | None:
-    """An option that is for matrices, what to do about it with vectors, and where matrices were flattened."""
+    """An option of the group that needs matrices, advice where its parameters are vectors, advice where flattened."""
     for name in ("rank", "density"):
         if group.get(name) is not None:
             return f"{name}={group[name]}", f"leave {name} out for biases and norms; ", REMEDY

@@ -1,4 +1,4 @@
-"""Where the rows and columns of a matrix live: the sums that turn local products into global ones."""
+"""Which ranks share the rows and columns of a matrix, and the sums that turn local products into global ones."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Layout:
         sharding: Placements of the parameter; None for a plain tensor.
         transposed: It is projected from the left, A = W^T.
         replicas: Group of processes that hold the same plain tensors, and share the search for bases.
-        spread: Rows of the basis are spread over the group that shards the kept side, and gathered for a step.
+        spread: Every rank of the group that shards the kept side keeps some rows of the basis, gathered for a step.
         full: Both sides are projected: R (r, r) is a sum over all pieces, and whole on every rank.
     """
 
@@ -78,14 +78,14 @@ class Layout:
         return cls(rows, cols, sharding.box(), sharding, transposed, spread=wide, full=full)
 
     def place(self, axis: Axis) -> tuple[Placement, ...]:
-        """Placements of a state by what its rows are."""
+        """Placements of a state tensor by what its first dimension runs over."""
         if self.sharding is None:
             raise TypeError("a plain parameter has no placements")
         everywhere = {"basis": self.spread, "kept": self.dealt, "entries": True}.get(axis, False)
         return self.sharding.place(axis, transposed=self.transposed, everywhere=everywhere)
 
     def settle(self, value: Tensor, axis: Axis) -> Tensor:
-        """A state where it belongs: other placements are changed, whole tensors cut."""
+        """Give a state tensor the placements of its axis: DTensors are redistributed, whole tensors cut."""
         if self.sharding is None or not value.ndim:
             return value
         return self.sharding.adopt(value, self.place(axis))
@@ -135,7 +135,7 @@ class Layout:
 
     @property
     def dealt(self) -> bool:
-        """Rows of R are dealt out over the group that shards b: all of them would be there otherwise."""
+        """Whether rows of R are dealt out over the group that shards b; summed, every rank would have all of them."""
         return len(self.cols) == 1 and not (self.rows or self.full)
 
     @property
@@ -197,17 +197,17 @@ class Layout:
         return len(range(mine.start, mine.stop))
 
     def low_start(self, view: MatrixView) -> int:
-        """The first row of R that this rank keeps."""
+        """Number of the first row of R that this rank keeps."""
         if self.full:
             return 0
         return share(view.a, self.cols[0]).start if self.dealt else self.kept(view).start
 
     def gather_bases(self, parts: Tensor, rows: int) -> Tensor:
-        """Whole bases (k, b, r) of which this rank keeps a share of the rows, `rows` being b."""
+        """Gather whole bases (k, b, r) from the shares of all ranks, `rows` being b."""
         return collect(parts, rows, self.rows[0])
 
     def own_basis(self, rows: int) -> slice:
-        """Which rows of a basis that is spread are this rank's."""
+        """Which rows of a basis are this rank's share."""
         return share(rows, self.rows[0])
 
 

@@ -1,4 +1,4 @@
-"""What the ZeRO stages of DeepSpeed make of parameters, and what they can not be used for."""
+"""Checks for DeepSpeed's ZeRO, which flattens parameters and cuts them into pieces: what can be stepped there."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ INSTEAD = (
 
 
 def check_class(whole: SubspaceOptimizer) -> None:
-    """Refuse a class, or options, that flat groups which are stepped one by one do not suit.
+    """Refuse an optimizer that cannot step flat groups one by one.
 
     Raises:
-        ValueError: It looks at the shape of plain parameters, or at all gradients at once.
+        ValueError: It needs the shapes of plain parameters, or all gradients at once.
     """
     name = type(whole).__name__
     if not isinstance(whole, SubspaceOptimizer):
@@ -41,7 +41,7 @@ def check_class(whole: SubspaceOptimizer) -> None:
 
 
 def _check_coded(param: Tensor, group: dict[str, Any], *, plain: bool) -> None:
-    """Refuse moments in 8 bits of what becomes a vector, whose moments would be in fp32 unasked."""
+    """Refuse 8-bit moments of a plain matrix: as a vector it would get fp32 moments without being told."""
     if plain and form_of("exp_avg", param.shape, group["state_dtype"]) is not None:
         raise ValueError(
             f"state_dtype={group['state_dtype']!r} codes rows, which a plain {tuple(param.shape)} parameter loses as "
@@ -50,7 +50,7 @@ def _check_coded(param: Tensor, group: dict[str, Any], *, plain: bool) -> None:
 
 
 def check_rows(param: Tensor, world: int) -> None:
-    """Refuse a projected matrix that is not dealt out in whole rows.
+    """Refuse a projected matrix whose pieces are not whole rows.
 
     Raises:
         ValueError: The ranks do not divide its rows.
@@ -74,10 +74,10 @@ def check_stage(params: Iterable[Tensor]) -> None:
 
 
 def partition(params: list[Tensor], shape: tuple[int, ...] | None, world: int) -> Tensor:
-    """The partition of a group, as stages 1 and 2 make it.
+    """Return this rank's piece of a group, the one flat parameter that stages 1 and 2 leave in it.
 
     Raises:
-        RuntimeError: It is none.
+        RuntimeError: The group holds something else.
     """
     if len(params) != 1 or params[0].ndim != 1 or (shape is not None and params[0].numel() * world != math.prod(shape)):
         found = [tuple(param.shape) for param in params[:4]]

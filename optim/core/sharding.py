@@ -1,4 +1,4 @@
-"""Where a parameter lies on a device mesh: its local piece, and how state is laid out beside it."""
+"""How a parameter (a DTensor) is sharded over a device mesh: its local piece, and the placements of its state."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from .spec import Axis
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
@@ -74,15 +75,15 @@ class Sharding:
             )
         return cls(param.device_mesh, tuple(param.placements), tuple(param.shape), param.device)
 
-    def groups(self, dim: int) -> tuple[Any, ...]:
+    def groups(self, dim: int) -> tuple[ProcessGroup, ...]:
         """Process groups over which a dimension is sharded."""
         return tuple(
             self.mesh.get_group(index) for index, placement in enumerate(self.placements) if shard_dim(placement) == dim
         )
 
     @property
-    def everywhere(self) -> tuple[Any, ...]:
-        """Process groups over which it is sharded, in the order of the mesh."""
+    def everywhere(self) -> tuple[ProcessGroup, ...]:
+        """Process groups of all mesh dimensions that shard the parameter, in the order of the mesh."""
         sharded = (index for index, placement in enumerate(self.placements) if shard_dim(placement) is not None)
         return tuple(self.mesh.get_group(index) for index in sharded)
 
@@ -109,12 +110,12 @@ class Sharding:
         return tuple(local), tuple(offset)
 
     def place(self, axis: Axis, *, transposed: bool = False, everywhere: bool = False) -> tuple[Placement, ...]:
-        """Placements of a state by what its rows are.
+        """Placements of a state tensor.
 
         Args:
-            axis: Which.
+            axis: What its first dimension runs over.
             transposed: The parameter is projected from the left, so that its columns are the kept side.
-            everywhere: Its rows are dealt out over whatever mesh dimension shards the parameter.
+            everywhere: Shard the first dimension over every mesh dimension that shards the parameter in any of its own.
         """
         if axis == "param":
             return self.placements
@@ -124,6 +125,7 @@ class Sharding:
 
     @staticmethod
     def _follow(placement: Placement, dim: int | None, everywhere: bool) -> Placement:
+        """Placement of a state whose first dimension is dimension `dim` of the parameter (None: of neither)."""
         from torch.distributed.tensor import Replicate, Shard
 
         own = shard_dim(placement)
@@ -132,7 +134,7 @@ class Sharding:
         return moved(placement, 0) if own == dim else Shard(0)
 
     def wrap(self, local: Tensor, shape: tuple[int, ...], placements: tuple[Placement, ...]) -> DTensor:
-        """Make a DTensor of a local piece, whose global shape uneven pieces do not tell."""
+        """Make a DTensor of a local piece; the global shape is passed, as it does not follow from uneven pieces."""
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -150,7 +152,7 @@ class Sharding:
         return self.wrap(torch.zeros(local, dtype=dtype, device=self.device), shape, placements)
 
     def adopt(self, value: Tensor, placements: tuple[Placement, ...]) -> DTensor:
-        """Place a whole tensor, of which this rank keeps its piece, or one that lies elsewhere: that is gathered."""
+        """Make a DTensor of a whole tensor, of which this rank keeps its piece; other placements are gathered first."""
         if is_dtensor(value):
             if value.device_mesh == self.mesh and tuple(value.placements) == placements:
                 return value
@@ -167,18 +169,18 @@ def shard_dim(placement: Placement) -> int | None:
 
 
 def moved(placement: Placement, dim: int) -> Placement:
-    """The same cut of another dimension."""
+    """The same placement with another dimension in the place of the one that it shards."""
     from torch.distributed.tensor import Shard
 
     if isinstance(placement, Shard):
         return Shard(dim)
-    strided: Any = type(placement)  # of two mesh dimensions
+    strided: Any = type(placement)  # _StridedShard: two mesh dimensions shard one dimension
     made: Placement = strided(dim, split_factor=getattr(placement, "split_factor", 1))
     return made
 
 
 def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
-    """Tell a DTensor; where their module, slow to import, was never imported there is none."""
+    """Whether it is a DTensor; does not import their module, which is slow: before someone has there is none."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

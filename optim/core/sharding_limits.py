@@ -16,7 +16,7 @@ from .view import MatrixView
 
 
 def check_sharded(plans: Iterable[Plan], groups: Sequence[dict[str, Any]]) -> None:
-    """Refuse sharded parameters whose group asks for what needs more of them than the sums of their layout.
+    """Refuse sharded parameters whose options need more than the sums that a layout offers.
 
     Args:
         plans: All buckets.
@@ -36,7 +36,7 @@ def check_sharded(plans: Iterable[Plan], groups: Sequence[dict[str, Any]]) -> No
 
 def _reason(param: Tensor, group: Mapping[str, Any], plan: Plan) -> str | None:
     view, layout = plan.view, plan.layout
-    whole = view is None or view.rank in (0, view.b)  # entry by entry
+    whole = view is None or view.rank in (0, view.b)  # stepped entry by entry, not projected
     reason = _cut(param, group, layout) if whole else None
     if param.ndim > 2 and group.get("factor_dims") == "largest2":
         return "factor_dims='largest2' may factor sharded dimensions in another order: pass factor_dims='last2'"
@@ -55,7 +55,7 @@ def _cut(param: Tensor, group: Mapping[str, Any], layout: Layout) -> str | None:
 
 def _projected(group: Mapping[str, Any], view: MatrixView, plan: Plan) -> str | None:
     projector = PROJECTORS.get(group.get("projector", "sketch"))
-    if view.rank in (0, view.b):  # all or nothing of it: entry by entry
+    if view.rank in (0, view.b):  # stepped entry by entry, not projected
         return None
     if projector is None:
         return f"projector={group.get('projector')!r} needs whole matrices: choose 'sketch', or 'columns'"
@@ -65,7 +65,7 @@ def _projected(group: Mapping[str, Any], view: MatrixView, plan: Plan) -> str | 
 
 
 def _single(group: Mapping[str, Any], view: MatrixView, plan: Plan) -> str | None:
-    """Entries as the subspace, dealt out over all that shards the weight: they have no rows."""
+    """Why a group with `projector="randk"` cannot be sharded: its R is a vector of entries and has no rows."""
     name = str(group.get("state_dtype"))
     if form_of("exp_avg", view.low_shape, name) is not None:
         return f"state_dtype={name!r} has blocks of entries, which projector='randk' deals out: choose 'bfloat16'"

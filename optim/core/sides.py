@@ -1,4 +1,4 @@
-"""Layouts of what belongs to a sharded matrix: R, P, one number a row, the factored pair of many dimensions."""
+"""Layouts of the tensors beside a sharded matrix: R, P, one number a row, a batch of matrices in many dimensions."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def per_row(layout: Layout) -> Layout:
 
 
 def pair(layout: Layout, ndim: int) -> Layout:
-    """The last two dimensions of a gradient of many, a batch of matrices; only the first two are ever sharded."""
+    """The last two dimensions of a gradient, the others being a batch; only its first two are ever sharded."""
     if ndim <= 2 or layout.sharding is None:
         return layout
     return _thin(layout, layout.natural.cols if ndim == 3 else (), layout.sharding.shape[-2:])
 
 
 def axes(ndim: int) -> dict[str, Axis]:
-    """What the rows of the statistics of that pair are, for `Spec.axis`."""
+    """`Spec.axis` of Adafactor's row and column statistics of a gradient of so many dimensions."""
     row: Axis = "m" if ndim == 2 else "param"
     col: Axis = "n" if ndim == 2 else "m" if ndim == 3 else "param"
     return {"exp_avg_sq_row": row, "exp_avg_sq_col": col}

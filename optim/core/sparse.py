@@ -1,17 +1,18 @@
 """Sparse residuals: k entries S of a weight keep moments of their own beside the low-rank ones.
 
-    E_t  = G_t - back(R_t)                         what the projection leaves out
+    E_t  = G_t - back(R_t)                         the residual; back(R) = R P^T in the orientation of the weight
     dM_t = b1 dM_{t-1} + (1 - b1) E_t              (m, n), during a warm-up only
     S    = flat indices of the k largest |dM|      (k,), ascending, fixed from then on
 
     exact       D = Adam((G_t)_S),   W_S <- (1 - lr wd) W_S - lr scale D      in the place of the low-rank step
     additive    D = Adam((E_t)_S),   W_S <- W_S - lr scale D                  on top of the low-rank step
 
-E is formed at S only, and for dM in the buffer itself. Where the basis changes, `dM + back(M)`, the first moment of the
-whole gradient, does not: both dM and the additive first moment at S take up what `back(M)` loses.
+E is never formed as a whole: only at S, and for dM by updating the buffer of dM in place. A refresh must not change
+`dM + back(M)`, the first moment of the whole gradient; so dM, or the additive first moment at S, takes up what
+`back(M)` loses as M moves to the new basis.
 
-Where a weight is sharded, each rank sees the entries in its piece and keeps the moments of its share of S: indices are
-gathered, gradients dealt out, directions gathered, k numbers each in a step, whatever the number of ranks.
+Where a weight is sharded, each rank reads the entries in its piece and keeps the moments of its even share of S. A step
+gathers indices, deals out gradients and gathers directions: three times k numbers, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -45,7 +46,13 @@ GATHER = 1 << 20
 
 
 class Entries(NamedTuple):
-    """New values (k,) of some entries of a weight, or what is added to them, at flat indices (k,) of this piece."""
+    """What to write to some entries of a weight after its low-rank step.
+
+    Args:
+        position: Number of the weight in its bucket.
+        where: Flat indices of the entries in this rank's piece.
+        values: Their new values ("exact"), or what is added to them ("additive").
+    """
 
     position: int
     where: Tensor
@@ -54,7 +61,7 @@ class Entries(NamedTuple):
 
 @contextmanager
 def rebased(b: Bucket, support: Support) -> Iterator[None]:
-    """Keep `dM + back(M)` through a refresh within; with `carry="reset"` dM starts afresh, with "keep" it stays."""
+    """Context of a refresh that keeps `dM + back(M)`; with `carry="reset"` dM starts afresh, with "keep" it stays."""
     due = []
     for index, held in enumerate(b.states):
         relative = AVERAGE in held or support.mode == "additive"
@@ -94,15 +101,15 @@ def _add_back_(b: Bucket, index: int, low: Tensor, rates: tuple[float, float]) -
 
 
 def residual(b: Bucket, low: Tensor, support: Support) -> list[Entries]:
-    """Take the residual of this step in: learn dM and choose S, or run Adam at S.
+    """Use the residual of this step: update dM and choose S at the end of the warm-up, or run Adam at S.
 
     Args:
         b: The bucket, before its weights move.
         low: R (k, a, r).
-        support: What is kept.
+        support: How the residual is kept.
 
     Returns:
-        What `write_` does to weights whose S is chosen, after they have moved.
+        What `write_` is to write after the weights have moved; nothing for weights in their warm-up.
 
     Raises:
         NotImplementedError: A gradient arrived already projected.
@@ -112,7 +119,7 @@ def residual(b: Bucket, low: Tensor, support: Support) -> list[Entries]:
     if any(ready is not None for ready in b.ready):
         raise NotImplementedError("a sparse residual needs the full gradient, got a projected one: pass residual=None")
     for index, held in enumerate(b.states):
-        if INDEX in held and support.warmup and held[WARMUP] == 0:  # made to be loaded into, and never was
+        if INDEX in held and support.warmup and held[WARMUP] == 0:  # created for a checkpoint that was never loaded
             average = support.specs(b.params[index], b.whole, b.hyper, chosen=False)[AVERAGE]
             _exchange_(b, index, {AVERAGE: average})
     chosen = [index for index, held in enumerate(b.states) if INDEX in held]
@@ -153,7 +160,7 @@ def _choose_(b: Bucket, index: int, support: Support) -> None:
 
 
 def _exchange_(b: Bucket, index: int, described: dict[str, Spec]) -> None:
-    """Put the state of one phase in the place of that of the other."""
+    """Replace the residual's state, all but its counters, by that of the other phase: warm-up or S chosen."""
     made = zeros(described, b.layout)
     pieces = {name: local(value) for name, value in made.items()}
     for state, fresh in ((b.stored[index], made), (b.states[index], pieces)):
@@ -184,7 +191,7 @@ def _directions(b: Bucket, low: Tensor, chosen: list[int], support: Support) -> 
 
 
 def _step(b: Bucket, index: int, place: Place, direction: Tensor, support: Support) -> Entries:
-    """What a direction (k,) makes of the entries in this piece of a weight."""
+    """Turn a direction (k,) into what to write to the entries in this rank's piece of a weight."""
     lr, decay = rates(b, index)
     values = place.of(direction).mul_(-lr * b.hyper.scale)
     if support.mode == "exact":
@@ -206,7 +213,7 @@ def _unprefixed(held: State) -> State:
 
 
 def _seen(b: Bucket, index: int, low: Tensor, place: Place, support: Support) -> Tensor:
-    """G_S or E_S (k,), zero outside of this piece; a bad gradient counts as zero."""
+    """G_S or E_S (k,) from this rank's piece, zero for entries of others; a bad gradient counts as zero."""
     values = torch.take(b.grads[index], place.flat).to(b.dtype)
     if b.hyper.maximize:
         values.neg_()
@@ -217,7 +224,7 @@ def _seen(b: Bucket, index: int, low: Tensor, place: Place, support: Support) ->
 
 
 def _at(b: Bucket, held: State, thin: Tensor, place: Place) -> Tensor:
-    """`(R P^T)_S` for a thin R (a, r), in pieces: rows of R against rows of P."""
+    """`(R P^T)_S` for R (a, r): entry (i, j) is row i of R times row j of P, gathered in pieces of bounded size."""
     view, basis = b.view, b.basis
     if not isinstance(basis, (Dense, Segments)):
         raise TypeError(f"the entries of a product with {type(basis).__name__} are not known")

@@ -17,6 +17,7 @@ from .sharding import Box, Sharding, is_dtensor, local, moved, shard_dim
 from .spec import Axis, Spec
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.tensor.placement_types import Placement
 
 OPTION = "stacked"
@@ -29,10 +30,10 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Stacked(Sharding):
-    """Placements of a stack, told as those of any of its matrices (m, n).
+    """How a stack (E, m, n) is sharded, described by what that does to one of its matrices (m, n).
 
     Args:
-        whole: Placements of the stack itself.
+        whole: The sharding of the stack itself.
     """
 
     whole: Sharding
@@ -63,17 +64,17 @@ class Stacked(Sharding):
         """The local piece of every matrix; None where matrices are whole."""
         return super().box() if self.groups(0) or self.groups(1) else None
 
-    def dealers(self) -> tuple[Any, ...]:
-        """Process groups that deal out matrices."""
+    def dealers(self) -> tuple[ProcessGroup, ...]:
+        """Process groups over which whole matrices are distributed: the first dimension is sharded."""
         return self.whole.groups(0)
 
     def numbers(self) -> range:
-        """Which of the matrices this rank has, or pieces of them."""
+        """Which of the E matrices this rank has, whole or in pieces."""
         (count, *_), (first, *_) = self.whole._cut(self.whole.shape, self.own)
         return range(first, first + count)
 
     def place(self, axis: Axis, *, transposed: bool = False, everywhere: bool = False) -> tuple[Placement, ...]:
-        """Placements of a state (E, ...) by what its rows are: that of a matrix, one dimension on."""
+        """Placements of a state (E, ...): those of the state of a matrix, with every dimension one higher."""
         if axis == "param":
             return self.own
         inner = super().place(axis, transposed=transposed, everywhere=everywhere)
@@ -83,7 +84,7 @@ class Stacked(Sharding):
 
 
 def _of_matrix(placement: Placement) -> Placement:
-    """What a placement of the stack does to a matrix; one that deals out matrices leaves them whole."""
+    """What a placement of the stack does to a matrix: `Shard(0)` leaves it whole, `Shard(d)` shards dimension d - 1."""
     from torch.distributed.tensor import Replicate
 
     dim = shard_dim(placement)
@@ -96,7 +97,7 @@ def _shifted(placement: Placement) -> Placement:
 
 
 def check(param: Tensor, group: Mapping[str, Any], optimizer: str) -> None:
-    """Refuse what is no stack in a group of stacks, or options that do not go with them.
+    """Refuse parameters that are no stacks in a group with `stacked=True`, and options that do not go with it.
 
     Args:
         param: A parameter.
@@ -130,7 +131,7 @@ def count(param: Tensor, group: Mapping[str, Any]) -> int:
 
 
 def one(param: Tensor, group: Mapping[str, Any]) -> Tensor:
-    """A tensor of the shape, dtype and device of a whole matrix of a stack; what is no stack as it is."""
+    """A tensor with shape, dtype and device of one whole matrix of a stack, any values; of other groups `param`."""
     if not group.get(OPTION):
         return param
     piece, shape = local(param).detach(), param.shape[1:]
@@ -139,7 +140,7 @@ def one(param: Tensor, group: Mapping[str, Any]) -> Tensor:
 
 
 def described(specs: dict[str, Spec], param: Tensor, group: Mapping[str, Any]) -> dict[str, Spec]:
-    """The state of a stack, out of that of a matrix; counters of a sharded one are on its device, as all of it."""
+    """Describe the state of a stack, given that of a matrix: (E, ...); if sharded, counters are on its device too."""
     if not group.get(OPTION):
         return specs
     device = param.device if is_dtensor(param) else None
@@ -152,13 +153,13 @@ def described(specs: dict[str, Spec], param: Tensor, group: Mapping[str, Any]) -
 def matrices(
     sharding: Sharding | None, param: Tensor, grad: Tensor, held: State
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor, State]]]:
-    """Every matrix of a stack that this rank has: its number, weight, gradient and state, in views of the pieces."""
+    """Yield every matrix that this rank has of a stack: its number, and views of its weight, gradient and state."""
     numbers = sharding.numbers() if isinstance(sharding, Stacked) else range(len(param))
     for number, *pair, one in zip(numbers, param.detach(), grad, states(held, len(param)), strict=True):
         yield number, (*pair, one)
 
 
 def states(held: Mapping[str, Tensor], size: int) -> list[State]:
-    """The state of every matrix of so many, in views of that of the stack."""
+    """Split the state of a stack into those of its `size` matrices, as views."""
     parts = {name: value.unbind() for name, value in held.items()}
     return [{name: part[index] for name, part in parts.items()} for index in range(size)]

@@ -30,12 +30,12 @@ PREFIX, MOMENTS = "residual_", ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """What is kept of a residual.
+    """How a sparse residual is kept.
 
     Args:
-        mode: "exact", "additive", or None for nothing.
-        count: k.
-        warmup: Steps of the warm-up; none where every entry is kept.
+        mode: "exact", "additive", or None for no residual.
+        count: k, entries of S.
+        warmup: Steps before S is chosen; 0 where every entry is kept.
         size: Entries of the weight.
     """
 
@@ -70,7 +70,7 @@ class Support:
 
 
 def specs_to_load(described: dict[str, Spec], support: Support, param: Tensor, hyper: Hyper) -> dict[str, Spec]:
-    """State to load into: a checkpoint, unless it is a very early one, was written when S was chosen."""
+    """Describe state to load a checkpoint into: with S chosen, as in all but those written during the warm-up."""
     if AVERAGE not in described:
         return described
     return {name: spec for name, spec in described.items() if name != AVERAGE} | support.chosen(param, hyper)
