@@ -34,7 +34,7 @@ State = dict[str, Tensor]
 
 
 class Bases(NamedTuple):
-    """What a refresh finds.
+    """What a refresh finds for one matrix.
 
     Args:
         basis: P (b x r), or the r indices that stand for it.
@@ -78,9 +78,9 @@ class Basis(ABC):
     names: tuple[str, ...] = ("basis",)
     """State tensors that hold it."""
     picks: bool = False
-    """It is a choice of entries, which leaves all others as they are."""
+    """Whether P selects coordinates: then `A - R P^T` is A in all that is not selected."""
     counted: bool = False
-    """Coordinates have an identity of their own, and so a step count of their own where moments are carried."""
+    """Whether single coordinates may stay at a refresh: where moments are carried, each then has a step count."""
 
     @abstractmethod
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
@@ -88,7 +88,7 @@ class Basis(ABC):
 
     @abstractmethod
     def arbitrary(self, view: MatrixView, seed: int, device: torch.device) -> Bases:
-        """Make a basis where no gradient tells one."""
+        """Make a basis from a seed, for a matrix whose gradient does not tell one."""
 
     @abstractmethod
     def changes(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> list[Change]:
@@ -103,7 +103,7 @@ class Basis(ABC):
         """`W <- decay W + alpha (N P^T + residual)`, rounded once."""
 
     def of(self, size: int, mine: range | None) -> Basis:
-        """That of matrices whose projected side is `size` long, of which a piece has the coordinates `mine`."""
+        """Bind it to matrices whose projected side is `size` long, of which this rank has the coordinates `mine`."""
         return self
 
     def columns(self, held: State, dtype: torch.dtype) -> Tensor:
@@ -111,7 +111,7 @@ class Basis(ABC):
         raise NotImplementedError(f"{type(self).__name__} is not one matrix P")
 
     def store(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> None:
-        """Take new bases over."""
+        """Write new bases into the states."""
         for state, bases in zip(held, new, strict=True):
             for name, value in zip(self.names, bases, strict=False):
                 if value is not None:
@@ -144,7 +144,7 @@ class Dense(Basis):
         return self.read(held, dtype, "basis_left") if "basis_left" in held else None
 
     def store(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> None:
-        """Take new bases over."""
+        """Write new bases into the states."""
         if not held or "basis" + compact.SCALE not in held[0]:
             super().store(held, new, layout)
             return
@@ -192,7 +192,7 @@ class Dense(Basis):
         step.add(target, direction, self.read(held, gemm))
 
     def across(self, held: State, rows: Tensor, cols: Tensor) -> Tensor:
-        """The rows of P (k, r) that meet the entries (rows, cols) of A in `R P^T`."""
+        """The rows of P (k, r) for the entries (rows, cols) of `R P^T`: entry (i, j) is row i of R times row j of P."""
         return self.read(held, torch.float32)[cols] if "basis" + compact.SCALE in held else held["basis"][cols]
 
 

@@ -1,4 +1,4 @@
-"""Whole tensors in turn: which of a group's matrices are state-full now, the others being state-free or frozen.
+"""Whole tensors that take turns: which matrices of a group are state-full now, all others being state-free or frozen.
 
 Of N blocks k are active at a time, for T steps of the group. The schedule is a function of the seed and of the number
 of refreshes, both of them in the group and so in every checkpoint; gradients have no say in it.
@@ -152,7 +152,7 @@ def advance(group: dict[str, Any], states: MutableMapping[Any, Any]) -> None:
 
 
 def only_creates_state(group: Group) -> bool:
-    """Recognise the step that checkpointing tools run to create state, before any other: rate 0, gradients of zero."""
+    """Recognise the step of `state_creation` in a group of blocks, which must not open a window either."""
     grads = [param.grad for param in group["params"] if param.grad is not None]
     first = not group[DONE] and float(group["lr"]) == 0.0
     return first and not any(bool(torch.count_nonzero(grad)) for grad in grads)

@@ -51,7 +51,7 @@ class Index(Basis):
         return [Match.of(bases.basis, state["basis"]) for state, bases in zip(held, new, strict=True)]
 
     def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
-        """Gather columns; those of other pieces are zero here, and summed up later."""
+        """Gather columns; those of other pieces are zero here, and filled in by `Layout.reduce`."""
         here, chosen = _among(held["basis"], mine)
         if here is not None:
             out.zero_()
@@ -60,7 +60,7 @@ class Index(Basis):
             out.copy_(select(matrix, chosen, 1))
 
     def project_back_(self, target: Target, direction: Tensor, held: State, step: Step) -> None:
-        """Scatter columns; a signed residual is zero in them."""
+        """Move the chosen columns, and all others by decay and residual; a signed residual is zero in chosen ones."""
         (here, chosen), (decay, alpha, _, residual) = _among(held["basis"], step.mine), step.move
         direction = direction if here is None else direction[:, here]
         columns = target.select(chosen, 0 if step.transposed else 1)
@@ -92,7 +92,7 @@ class Cosine(Index):
     mine: range | None = None
 
     def of(self, size: int, mine: range | None) -> Cosine:
-        """Tell it the matrix D."""
+        """Bind it to the size of D and to this rank's rows of it."""
         return Cosine(size, mine)
 
     def project(self, matrix: Tensor, held: State, gemm: torch.dtype, out: Tensor, mine: range | None = None) -> None:
@@ -110,7 +110,7 @@ class Cosine(Index):
 
 
 def _among(chosen: Tensor, mine: range | None) -> tuple[Tensor | None, Tensor]:
-    """Which of some coordinates (r,) are among those of a piece, None for all, and what they are there."""
+    """Which of the r chosen coordinates are in this rank's piece (None: all), and their numbers within the piece."""
     if mine is None:
         return None, chosen.long()
     here = ((chosen >= mine.start) & (chosen < mine.stop)).nonzero()[:, 0]

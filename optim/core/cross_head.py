@@ -4,10 +4,11 @@
     P = r leading right singular vectors of A_i       i one head, chosen anew at every refresh       (d, r)
     R = A P                                                                                          (h dk, r)
 
-A refresh multiplies with `dk x d` in the place of `h dk x d`. Where r > dk, ceil(r / dk) heads are stacked. A fused
+A refresh searches a matrix dk x d in the place of h dk x d. Where r > dk, ceil(r / dk) heads are stacked. A fused
 weight is described by ranges of its rows, each with heads and a basis of its own: `segments`.
 
-A sharded head is a weight of its own, whose rows lie on the ranks that have them, few or none: nothing is gathered.
+Where the weight is sharded, the chosen heads are searched as a sharded weight of their own: every rank holds those of
+their rows that it has anyway, perhaps none, and nothing is gathered.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def cross_head(search: Find, requests: Sequence[Request]) -> list[Bases]:
     """Find the basis of one head, or of one head in every range of a fused weight.
 
     Args:
-        search: Finds the leading subspaces of blocks of rows.
-        requests: Those of the whole weights.
+        search: Finds the leading subspaces of the chosen heads.
+        requests: Requests for the weights with all heads.
     """
     hyper, whole = requests[0].hyper, requests[0].whole
     if hyper is None or hyper.num_heads is None:
@@ -63,7 +64,7 @@ def _of_range(request: Request, position: int) -> Request:
 
 
 def _of_heads(search: Find, requests: Sequence[Request], rows: range, heads: int) -> list[Bases]:
-    """Search in the chosen heads of some rows among those whose gradient is not zero; without any, keep the basis."""
+    """Find bases for a range of rows in chosen heads whose gradient is not zero; without any keep the old basis."""
     size, dtype, layout = len(rows) // heads, requests[0].scale.dtype, requests[0].layout
     peaks = reduced(layout.max_all, [_by_head(request, rows, heads, "amax").to(dtype) for request in requests])
     found, blocks = [_kept(request) for request in requests], {}
@@ -80,7 +81,7 @@ def _of_heads(search: Find, requests: Sequence[Request], rows: range, heads: int
 
 
 def _stack(request: Request, starts: list[int], size: int, scale: Tensor) -> Request:
-    """The request of a weight that has only some heads, of which this rank has the rows that it has of the whole."""
+    """The request for the chosen heads alone, of whose rows this rank holds those that it has of the whole weight."""
     layout, kept = request.layout, request.layout.kept(request.view)
     parts: list[Tensor] = []
     first = 0
@@ -153,7 +154,7 @@ def _all_rows(bases: Sequence[Tensor], request: Request) -> list[Tensor]:
 
 
 def frozen(heads: Any) -> Heads | None:
-    """The option `num_heads` as a value that can be compared."""
+    """The option `num_heads` as a hashable value."""
     if isinstance(heads, (list, tuple)):
         return tuple((rows, count) for rows, count in heads)
     return heads  # type: ignore[no-any-return]

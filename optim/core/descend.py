@@ -74,9 +74,9 @@ class Descent:
 def descend_(b: Bucket, low: Tensor) -> None:
     """`P <- (1 - e wd) P - e D` for the matrices of a bucket, D the direction of the basis' rule on `pca_gradient`.
 
-    A zero or non-finite gradient leaves P and its moments as they are (on a GPU, where asking would synchronise, it
-    counts as one without direction). So does the step that found P: there the gradient is rounding noise, which the
-    rules would blow up.
+    A zero or non-finite gradient leaves P and its moments as they are (on a GPU, where asking would synchronise, the
+    rule runs on a gradient of zeros instead). So does the step that found P: there the gradient of L is rounding noise,
+    which rules that normalise would blow up.
 
     Args:
         b: The bucket.
@@ -96,7 +96,7 @@ def descend_(b: Bucket, low: Tensor) -> None:
 
 
 def _norms(b: Bucket, chosen: list[int]) -> dict[int, Tensor]:
-    """|A| of some gradients, whole."""
+    """Norms |A| of some gradients, over all of their pieces."""
     if not chosen:
         return {}
     norms = torch.stack([torch.linalg.vector_norm(b.grads[index], dtype=b.dtype) for index in chosen])

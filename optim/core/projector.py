@@ -31,7 +31,7 @@ OVERSAMPLE = 8
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a projector gets to know of a matrix.
+    """What a projector is told about a matrix.
 
     Args:
         matrix: The oriented gradient A (a x b), finite and not zero.
@@ -62,7 +62,8 @@ Find = Callable[[Sequence[Request]], list[Bases]]
 class Gaussian(Basis):
     """P itself with entries N(0, 1/r), not orthonormal: `E[P P^T] = I`, so that rows of R are as long as those of A.
 
-    Kept and multiplied as a dense basis; its length depends on the rank, so that it cannot be cut to another one.
+    Kept and multiplied as a dense basis, but no subclass of it: its columns are not orthonormal, and their length
+    depends on the rank, so that a checkpoint cannot be converted to another rank.
     """
 
     names = DENSE.names
@@ -88,8 +89,8 @@ class Projector(NamedTuple):
         basis: How the basis is kept and multiplied.
         side: The side that it projects whatever the group's `proj_type` says: "left", "right" or "flat" (the entries
             of the whole matrix); None leaves the choice to the group.
-        follows: After its first basis it moves at the end of a step, from A and R, instead of being found anew.
-        searches: Finding a basis is work that replicas may share; others follow from the seed.
+        follows: After the first search the basis moves at the end of a step, from A and R, and is never found anew.
+        searches: Finding a basis takes so much work that replicas may share it; other bases follow from the seed.
     """
 
     find: Find
@@ -145,7 +146,7 @@ def _warm(request: Request, old: Tensor, width: int, mine: range) -> Tensor:
 
 
 def _keep_signs(requests: Sequence[Request], bases: Sequence[Tensor], images: Sequence[Tensor]) -> None:
-    """Signs are free: moments that keep their numbers need those of the basis in use."""
+    """Give columns the signs of the basis in use, in place: signs are free, and moments may keep their numbers."""
     warm = [(r.old, basis, image) for r, basis, image in zip(requests, bases, images, strict=True) if r.old is not None]
     along = reduced(requests[0].layout.sum_cols, [(old.to(basis.dtype) * basis).sum(0) for old, basis, _ in warm])
     for (_, basis, image), inner in zip(warm, along, strict=True):
@@ -166,12 +167,12 @@ def svd(requests: Sequence[Request]) -> list[Bases]:
 
 
 def each(find: Callable[[Request], Bases]) -> Find:
-    """A search that matrices have nothing to share in."""
+    """Search matrix by matrix, where they have nothing to share."""
     return lambda requests: [find(request) for request in requests]
 
 
-def anything(basis: Basis) -> Find:
-    """From the seed alone, new at every refresh, without a look at the gradient."""
+def from_seed(basis: Basis) -> Find:
+    """A basis that follows from the seed alone, new at every refresh; the gradient does not matter."""
 
     def find(request: Request) -> Bases:
         found = basis.arbitrary(request.whole, request.seed, request.matrix.device)
@@ -184,7 +185,7 @@ def anything(basis: Basis) -> Find:
 
 
 def first_of_descent(requests: Sequence[Request]) -> list[Bases]:
-    """The first bases of what descends: `proj_init`, another projector."""
+    """First bases for `projector="descend"`, by the projector that `proj_init` names."""
     hyper = requests[0].hyper
     return PROJECTORS["sketch" if hyper is None else hyper.proj_init].find(requests)
 
@@ -214,7 +215,7 @@ def official_svd(request: Request) -> Bases:
 
 
 def own_piece(found: Bases, view: MatrixView, layout: Layout) -> Bases:
-    """This rank's rows of a whole basis, `view` being of its piece; indices, and stacks of bases, it has all of."""
+    """Cut a whole basis to this rank's rows, `view` being of its piece; of indices and stacks of bases it keeps all."""
     if found.basis.ndim != 2:
         return found
     mine, kept = layout.projected(view), layout.kept(view)
@@ -237,12 +238,12 @@ PROJECTORS: dict[str, Projector] = {
     "svd": Projector(svd, searches=True),
     "track": Projector(sketch, follows=True, searches=True),
     "descend": Projector(first_of_descent, DESCENDING, follows=True, searches=True),
-    "random": Projector(anything(DENSE)),
-    "gaussian": Projector(anything(GAUSSIAN), GAUSSIAN),
+    "random": Projector(from_seed(DENSE)),
+    "gaussian": Projector(from_seed(GAUSSIAN), GAUSSIAN),
     "cross_head": Projector(partial(cross_head, sketch), DENSE, "right"),
     "dct": Projector(cosines, COSINE),
-    "columns": Projector(anything(INDEX), INDEX, "right"),
-    "rows": Projector(anything(INDEX), INDEX, "left"),
-    "randk": Projector(anything(SINGLE), SINGLE, "flat"),
-    "randperm": Projector(anything(INDEX), INDEX),
+    "columns": Projector(from_seed(INDEX), INDEX, "right"),
+    "rows": Projector(from_seed(INDEX), INDEX, "left"),
+    "randk": Projector(from_seed(SINGLE), SINGLE, "flat"),
+    "randperm": Projector(from_seed(INDEX), INDEX),
 }

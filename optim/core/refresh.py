@@ -24,10 +24,10 @@ LAZIEST = 16
 """Largest multiple of `update_proj_gap` to which a lazy interval grows."""
 
 BATCH = 1 << 24
-"""Elements of the bases, or of A P, that are searched together: factorisations of many cost a GPU little more than one,
-and they share collectives."""
+"""Elements of the bases, or of A P, that are searched together: a GPU factors many matrices in little more time than
+one, and matrices that are sharded share collectives."""
 CPU_BATCH = 0
-"""The same on a CPU alone, where there is nothing to share."""
+"""The same on a single CPU, where nothing is gained: one matrix at a time."""
 
 
 def refresh(b: Bucket) -> None:
@@ -37,7 +37,7 @@ def refresh(b: Bucket) -> None:
     made if there is none), `skipped_refreshes` counts it, and the refresh is tried again in the next step.
     """
     due = [index for index, held in enumerate(b.states) if b.ready[index] is None and _is_due(b, held)]
-    if not due:  # or no full gradient to learn from
+    if not due:  # a matrix whose gradient arrived projected has none to find a basis from
         return
     scales = b.layout.max_all(torch.stack([_largest(b.grads[index]).to(b.dtype) for index in due]))  # max|A|
     tells = [torch.finfo(b.dtype).tiny <= value < math.inf for value in scales.cpu().tolist()]
@@ -45,7 +45,8 @@ def refresh(b: Bucket) -> None:
     chosen = {index: scale for index, scale, told in zip(due, scales, tells, strict=True) if told}
     shares = b.layout.replicas is not None and b.hyper.strategy.searches
     find, batches = (_shared, [list(chosen)]) if shares and chosen else (_find, _batches(b, list(chosen)))
-    exact = b.hyper.basis_dtype is None and not b.layout.cols  # rounding turns the basis; sums over columns come later
+    # The search has A P at hand. It is R only if the basis is stored as it was found, and if R is not summed later.
+    exact = b.hyper.basis_dtype is None and not b.layout.cols
     for batch in batches:
         found = find(b, batch, [chosen[index] for index in batch])
         _adopt(b, batch, found)
@@ -59,7 +60,7 @@ def _is_due(b: Bucket, held: State) -> bool:
 
 
 def _batches(b: Bucket, indices: list[int]) -> Iterator[list[int]]:
-    """Matrices whose bases are found at a time, the same ones on every rank."""
+    """Cut into batches whose bases are found together, the same ones on every rank."""
     budget = CPU_BATCH if b.layout.alone and b.params[0].device.type == "cpu" else BATCH
     size = max(1, budget // max(1, max(b.plan.piece) * b.view.rank))
     for start in range(0, len(indices), size):
@@ -71,7 +72,7 @@ def _largest(grad: Tensor) -> Tensor:
         return grad.new_zeros(())
     low, high = torch.aminmax(grad)  # an order of magnitude faster than the maximum norm
     largest = torch.maximum(-low, high)
-    return torch.where(largest.isnan(), torch.inf, largest)  # which survives the maximum over pieces
+    return torch.where(largest.isnan(), torch.inf, largest)  # NaN may get lost in a maximum over ranks
 
 
 def follow(b: Bucket, low: Tensor) -> None:
@@ -185,7 +186,7 @@ def _old(b: Bucket, held: State) -> Tensor:
 
 
 def _wide(matrix: Tensor) -> Tensor:
-    """A gradient in a dtype whose range holds sums of its products."""
+    """An fp16 gradient in fp32: sums of its products overflow fp16."""
     return matrix.float() if matrix.dtype == torch.float16 else matrix
 
 
@@ -216,7 +217,7 @@ def _schedule(b: Bucket, held: State, offset: int, change: Change | None) -> Non
 
 
 def _skip(b: Bucket, indices: list[int]) -> None:
-    """Count refreshes that nothing could be learned for; matrices without a basis get an arbitrary one."""
+    """Count refreshes whose gradient is zero or not finite; matrices without a basis yet get an arbitrary one."""
     new = []
     for index in indices:
         b.states[index]["skipped_refreshes"] += 1

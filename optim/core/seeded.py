@@ -52,7 +52,7 @@ class SeededBasis:
 
     @property
     def key(self) -> int:
-        """An integer that tells it among all bases of its shape; never 0."""
+        """An integer that identifies it among all bases of its shape; never 0, with which state begins."""
         return (DISTRIBUTIONS.index(self.distribution) + 1) << 32 | self.seed
 
     def of_key(self, key: int) -> SeededBasis:
@@ -73,10 +73,10 @@ class SeededBasis:
 
 
 def bases(b: Bucket, now: Sequence[SeededBasis], backend: str) -> tuple[list[Recipe], list[Recipe]]:
-    """How the bases in which momenta are written and those of this step are made: the same until they change.
+    """Recipes of P_{t-1}, in which the momenta are written, and of P_t: the same ones until a window ends.
 
-    The state keeps the key of the basis, so that the momentum is read as it was written whatever becomes of the
-    options.
+    The state keeps the key of the basis, so that a momentum is read in the basis in which it was written even if
+    options have changed since.
     """
     rows, device = b.layout.projected(b.view), b.params[0].device
 

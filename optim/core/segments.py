@@ -1,4 +1,4 @@
-"""A basis for every range of rows of a fused weight, as of query, key and value in one."""
+"""A basis for every range of rows of a fused weight, such as query, key and value in one matrix."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Split(Change):
 class Segments(Basis):
     """A basis for every range of rows of a fused weight, `W = [W_1; ...; W_s]`: P is (s, b, r).
 
-    All ranks have all of it where the weight is sharded.
+    Where the weight is sharded every rank keeps all of P.
 
     Args:
-        sizes: Rows of every range, of a piece of the weight those that it has.
-        mine: The projected coordinates of a piece; None where it has all.
+        sizes: Rows of every range; where the weight is sharded, those of them in this rank's piece.
+        mine: The projected coordinates of this rank's piece; None for all.
     """
 
     sizes: tuple[int, ...]
@@ -72,11 +72,11 @@ class Segments(Basis):
         return cls(tuple(rows for rows, _ in ranges))
 
     def of(self, size: int, mine: range | None) -> Segments:
-        """Those of a piece that has some of the projected coordinates."""
+        """Bind it to this rank's projected coordinates."""
         return replace(self, mine=mine)
 
     def within(self, kept: range) -> Segments:
-        """Those of a piece that has some of the rows."""
+        """Bind it to this rank's rows."""
         return replace(self, sizes=tuple(_within(self.sizes, kept)))
 
     def specs(self, param: Tensor, view: MatrixView, hyper: Hyper) -> dict[str, Spec]:
@@ -84,7 +84,7 @@ class Segments(Basis):
         return {"basis": Spec((len(self.sizes), view.b, view.rank), param.dtype, param.device)}
 
     def arbitrary(self, view: MatrixView, seed: int, device: torch.device) -> Bases:
-        """Random orthonormal columns, others for every range."""
+        """Random orthonormal columns, different ones for every range."""
         seeds = [random.mix(seed, position) for position in range(len(self.sizes))]
         return Bases(torch.stack([DENSE.arbitrary(view, own, device).basis for own in seeds]))
 
@@ -108,12 +108,12 @@ class Segments(Basis):
             DENSE.project_back_(target.part(rows), direction[rows], {"basis": basis}, part)
 
     def across(self, held: State, rows: Tensor, cols: Tensor) -> Tensor:
-        """Rows of P by range and column."""
+        """The rows of P (k, r) for the entries (rows, cols) of `R P^T`, from the basis of the range of each row."""
         ends = torch.tensor(self.sizes, device=rows.device).cumsum(0)
         return self._mine(held["basis"])[torch.searchsorted(ends, rows, right=True), cols]
 
     def _parts(self, held: State) -> Iterator[tuple[slice, Tensor]]:
-        """The rows of every range that has some, and its basis."""
+        """Yield the rows and the basis of every range that has rows here."""
         first = 0
         for size, basis in zip(self.sizes, self._mine(held["basis"]), strict=True):
             if size:
@@ -130,7 +130,7 @@ def _turns(old: Tensor, new: Tensor) -> tuple[Change, ...]:
 
 
 def _within(sizes: tuple[int, ...], rows: range) -> Iterator[int]:
-    """How many of some rows are in each of consecutive ranges."""
+    """For consecutive ranges of the given sizes, how many of `rows` are in each."""
     first = 0
     for size in sizes:
         yield max(0, min(rows.stop, first + size) - max(rows.start, first))

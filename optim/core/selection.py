@@ -32,16 +32,18 @@ THEIRS = {
     "coord_choice": "projector",
     "is_proj_params": "density",
 }
-"""Options of the authors' groups, and ours that mean it in other values."""
+"""Options of the authors' groups, and the option of ours that says the same by other values."""
 
 Group = Mapping[str, Any]
 
 
 def size_of(hyper: Hyper, m: int, n: int) -> tuple[int, int]:
-    """Size of the subspace of a matrix (m x n) and of the whole.
+    """How many coordinates of a matrix (m x n) are state-full, and out of how many.
 
-    columns, rows, randk    floor(rho n), floor(rho m), floor(rho m n), or rank, rank, rank max(m, n)
-    directions              round(rho min(m, n)), or rank
+    columns     floor(rho n), or rank                 out of n
+    rows        floor(rho m), or rank                 out of m
+    randk       floor(rho m n), or rank max(m, n)     out of m n
+    others      round(rho min(m, n)), or rank         out of min(m, n): directions of a basis
     """
     side = hyper.strategy.side if hyper.basis.picks else None
     whole: int = {"right": n, "left": m, "flat": m * n, None: min(m, n)}[side]
@@ -54,7 +56,7 @@ def size_of(hyper: Hyper, m: int, n: int) -> tuple[int, int]:
 
 
 def view(param: Tensor, group: Group) -> MatrixView | None:
-    """Orient a parameter of a group; None is plain, rank 0 state-free and all columns state-full as a whole."""
+    """Orient a parameter: None is plain, a view of rank 0 state-free as a whole, of rank b state-full as a whole."""
     if not blocks.is_matrix(param) or group["rank"] is group["density"] is None:
         return None
     m, n = matrix_shape(param.shape)
@@ -116,6 +118,6 @@ def check_density(density: float | None, rank: int | None) -> None:
 
 
 def for_core(group: Group) -> dict[str, Any]:
-    """Values that stand for FRUGAL's own, density 0 and blocks, where the core checks the rest of the options."""
+    """Replace values that only FRUGAL has, density 0 and blocks, so that the core can check all other options."""
     own = group["projector"] == "blocks"
     return {"density": group["density"] or None, "projector": "columns" if own else group["projector"]}

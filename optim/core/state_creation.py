@@ -1,4 +1,4 @@
-"""The step that checkpointing tools run to create state."""
+"""The step that checkpointing tools run to create state to load into, as torch's `get_optimizer_state_dict` does."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .layout import Layout
 
 
 def only_creates_state(groups: Sequence[dict[str, Any]]) -> bool:
-    """Recognise it, where there is no state yet: nothing but rates of 0 and zero gradients.
+    """Recognise that step: all learning rates are 0 and all gradients zero. The caller checks that there is no state.
 
-    It must allocate and do nothing else: no basis of zeros, no step counted.
+    It must allocate state and do nothing else: not search bases in zeros, not count a step.
     """
     if any(float(group["lr"]) != 0.0 for group in groups):
         return False
@@ -24,7 +24,7 @@ def only_creates_state(groups: Sequence[dict[str, Any]]) -> bool:
 
 
 def _nonzero(param: Tensor, stacked: bool) -> Tensor:
-    """Whether an entry of a gradient is not zero, over all pieces."""
+    """Count entries of a gradient that are not zero, in the piece that has most of them: zero only if all are."""
     assert param.grad is not None
     layout = Layout.of(param, stacked=stacked)
     if isinstance(layout.sharding, stack.Stacked):
