@@ -1,4 +1,4 @@
-"""Two ways to sum the gradients of micro-batches in r columns: in an optimizer's own basis, or in a random one."""
+"""Compressing the gradients of micro-batches to r columns, in an optimizer's own bases or in random ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TAG = 0xACC
 
 
 class Compression(Protocol):
-    """How gradients are compressed, and what the optimizer gets."""
+    """How gradients are compressed, and how the optimizer gets their sums, one in every cycle."""
 
     def begin(self) -> None:
         """Prepare for a micro-batch."""
@@ -34,14 +34,14 @@ class Compression(Protocol):
         """Compress `param.grad` to A P (a, r); None leaves it as it is."""
 
     def deliver(self, position: int, param: Tensor, low: Tensor, cycle: int) -> None:
-        """Hand the sum over."""
+        """Hand the sum of a parameter to the optimizer, for its next step."""
 
     def release(self) -> None:
-        """Forget what was handed over."""
+        """Forget the sums that were handed over and not used."""
 
 
 class OwnBasis:
-    """The optimizer's own basis between two refreshes, exactly; it takes the sums as its low-rank gradients.
+    """The optimizer's own bases between two refreshes: it takes R in the place of gradients, so that nothing is lost.
 
     Raises:
         ValueError: The optimizer, or one of its groups, uses more of the gradient than A P.
@@ -63,11 +63,11 @@ class OwnBasis:
         self._places = {param: place for place in seen for param in place[0].params}
 
     def project(self, position: int, param: Tensor, cycle: int) -> Tensor | None:
-        """`A P` of `param.grad`, see `low`."""
+        """`A P` of `param.grad`; see `low`."""
         return None if param.grad is None else self.low(param, param.grad)
 
     def low(self, param: Tensor, grad: Tensor) -> Tensor | None:
-        """`A P` in the basis in use; None where the next step makes another, and needs the whole gradient."""
+        """`A P` (a, r) in the basis in use; None where the next step refreshes it, for which it needs the gradient."""
         held = self.optimizer.state.get(param)
         if not held or param not in self._places or float(held["until_refresh"]) <= 0:
             return None
@@ -78,9 +78,10 @@ class OwnBasis:
         return low
 
     def norm(self, param: Tensor, low: Tensor) -> Tensor:
-        """Norm of R, of all of it where the parameter is sharded."""
+        """Norm of R; where the parameter is sharded that of the whole."""
         layout = self._places[param][0].layout
-        norm: Tensor = torch.linalg.vector_norm(low if layout.alone else layout.reduce(low[None].clone()))  # in place
+        # Collectives sum in place, hence the copy.
+        norm: Tensor = torch.linalg.vector_norm(low if layout.alone else layout.reduce(low[None].clone()))
         return norm if layout.alone else layout.sum_low(norm.square()).sqrt()
 
     def restore(self, param: Tensor, low: Tensor) -> Tensor:
@@ -99,11 +100,11 @@ class OwnBasis:
         return Bucket(plan, hyper, [local(param)], [plan.layout.piece(grad)], [held], [0], [0], [None], [None], [False])
 
     def deliver(self, position: int, param: Tensor, low: Tensor, cycle: int) -> None:
-        """Put R in the place of a gradient."""
+        """Let the next step take R in the place of the gradient."""
         self.optimizer._low_grads[param] = low
 
     def release(self) -> None:
-        """Forget sums, also where a gradient scaler skipped the step."""
+        """Forget sums, such as those of a step that a gradient scaler skipped."""
         self.optimizer._low_grads.clear()
 
     def _check(self) -> None:
@@ -114,7 +115,7 @@ class OwnBasis:
 
 
 class RandomBases:
-    """Random bases, new in every cycle; the optimizer gets the unbiased `R P^T` as its gradient."""
+    """Random bases, new in every cycle; the optimizer gets `R P^T` as its gradient, which is right in the mean."""
 
     def __init__(self, rank: int, distribution: str, proj_type: str, seed: int, backend: str) -> None:
         self.rank, self.distribution, self.proj_type = rank, distribution, proj_type
@@ -161,7 +162,7 @@ class RandomBases:
 
 
 def _reason(optimizer: Lifecycle, group: dict[str, Any]) -> str | None:
-    """Why A P is not all that the update of a group takes from a gradient between two refreshes."""
+    """Why the update of a group needs more of a gradient than A P between two refreshes; None where it does not."""
     projector, residual = group.get("projector"), group.get("residual")
     if group.get("stacked") and (group.get("rank") is not None or group.get("density") is not None):
         return "has stacks of matrices, which refresh their bases one by one"

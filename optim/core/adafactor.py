@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .bucket import Bucket
 
 Size = tuple[float | Tensor, Tensor | None]
-"""alpha, and what an update is divided by, if it is clipped."""
+"""What scales an update U: alpha_t, and `max(1, rms(U) / d)` by which U is divided, None without clipping."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def check_update(group: dict[str, Any]) -> None:
 
 
 def sizes(b: Bucket, counts: Sequence[int], updates: Sequence[Make], o: Options) -> list[Size]:
-    """`alpha_t` of parameters of one shape, device scalars where the parameter scale is in it, and their clipping."""
+    """`alpha_t` and the clipping of updates of parameters of one shape; tensors where they follow from the weights."""
     alphas = factored.learning_rates(o, counts, b.params, o.eps[1], b.dtype, b.layout)
     clips = factored.clip_factors(updates, o.clip_threshold, b.layout)
     return list(zip(alphas, clips, strict=True))
@@ -85,7 +85,7 @@ def sizes(b: Bucket, counts: Sequence[int], updates: Sequence[Make], o: Options)
 def whiten(
     grads: Sequence[Tensor], states: Sequence[State], counts: Sequence[int], o: Options, eps1: float, layout: Layout
 ) -> list[Make]:
-    """Update the second moments of parameters of one shape with G; tell how each `U = G / sqrt(V)` is made."""
+    """Update the second moments of parameters of one shape with G; return functions that make `U = G / sqrt(V)`."""
     fresh = [1.0 - factored.beta2(t, o.beta2_decay) for t in counts]
     floor = o.eps_mode == "floor"
     added = 0.0 if floor else eps1
@@ -95,7 +95,7 @@ def whiten(
             second.lerp_(grad.to(second.dtype).square().add_(added), weight)
         return [partial(_by_entries, *one, eps1 if floor else None) for one in zip(grads, seconds, strict=True)]
     ndim = grads[0].ndim
-    order = o.dims(tuple(grads[0].shape)) or tuple(range(ndim))  # of a piece too small to factor by itself
+    order = o.dims(tuple(grads[0].shape)) or tuple(range(ndim))  # the whole is factored, a piece of it may be too small
     matrices = [grad.permute(order) for grad in grads]
     stats = [(held["exp_avg_sq_row"], held["exp_avg_sq_col"]) for held in states]
     pair = sides.pair(layout, ndim)

@@ -67,7 +67,7 @@ def choose_ranks(group: dict[str, Any], cost: Cost) -> list[int]:
 
 
 def tells(param: Tensor) -> bool:
-    """Whether the gradient of a parameter says anything of its rank."""
+    """Whether a parameter has a gradient whose spectrum means something: of a matrix, finite and not zero."""
     grad = param.grad
     return param.ndim >= 2 and grad is not None and bool(grad.isfinite().all() and grad.any())
 

@@ -32,7 +32,7 @@ def run_rule(b: Bucket, stored: Work, keys: Sequence[tuple[Seed, ...]]) -> None:
         stored: The work, with states as they are stored.
         keys: What distinguishes each tensor in this step: the seed of the stochastic rounding of second moments.
     """
-    place = b.place  # pieces of one moment round apart, replicas alike
+    place = b.place  # in the seeds: pieces of one moment must round independently, replicas alike
     drawn = b.hyper.state_dtype not in EXACT
     seeds = [random.mix(b.hyper.seed, *key, *place) if drawn else 0 for key in keys]
     if b.rule.coded_direction(stored, b.hyper, seeds):
@@ -43,7 +43,8 @@ def run_rule(b: Bucket, stored: Work, keys: Sequence[tuple[Seed, ...]]) -> None:
     for held, values, key, seed in zip(stored.states, loaded, keys, seeds, strict=True):
         common = random.mix(b.hyper.seed, *key) if drawn else 0
         for name, value in values.items():
-            own = common if name.endswith(("_row", "_col")) else seed  # pieces in one row, or column, share statistics
+            # Ranks whose pieces share rows hold the same row statistics, and must round them alike; columns likewise.
+            own = common if name.endswith(("_row", "_col")) else seed
             if value is not held[name]:
                 codec.store(held, name, value, storage, own if b.dithers(name) else None)
 
@@ -51,8 +52,9 @@ def run_rule(b: Bucket, stored: Work, keys: Sequence[tuple[Seed, ...]]) -> None:
 def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
     """The factor of the direction and the factor of the weight, `(lr, 1 - lr wd)`.
 
-    The authors' AdamW decays the weight it has just moved, which multiplies the direction by the decay as well. A
-    host tensor is read, a device tensor stays one, as one on the parameter's device does for a graph.
+    The authors' AdamW (`compat="official"`) decays the weight after the update, which multiplies the direction by the
+    decay as well. A rate that is a tensor on the host becomes a number, unless a graph is to read it (`capturable`, and
+    on the parameters' device); a tensor on a device stays one, for reading it would synchronise.
     """
     hyper = b.hyper
     lr = hyper.lr
@@ -62,7 +64,7 @@ def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
     if b.rule.absolute:
         if not hyper.weight_decay:
             return 1.0, 1.0
-        if not b.rates:  # of all, before one of the weights has moved
+        if not b.rates:  # those of the whole bucket, before any weight moves: they depend on the sizes of the weights
             steps = [int(held["step"]) for held in b.states]
             b.rates.extend(learning_rates(hyper, steps, b.params, b.dtype, b.layout))
         return 1.0, 1 - b.rates[index] * hyper.weight_decay

@@ -57,12 +57,12 @@ def merged_groups(ours: Groups, saved: Groups) -> Groups:
 
 
 def _structural(name: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
-    """Rounding decides over state where it is compensated; between the other modes the checkpoint chooses."""
+    """Whether a difference of this option changes the state; `rounding` does so only where either is compensated."""
     return name != "rounding" or not CORRECTIONS.keys().isdisjoint((mine.get(name), theirs[name]))
 
 
 def _check_basis(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
-    """A projector may differ, for the checkpoint's is taken over; how the basis is kept may not."""
+    """Refuse a projector that keeps its basis in another form; of the same form, the checkpoint's is taken over."""
     names = mine.get("projector"), theirs.get("projector", mine.get("projector"))
     ours, saved = (getattr(PROJECTORS.get(str(name)), "basis", name) for name in names)
     if ours != saved:
@@ -91,7 +91,7 @@ def restore(
     Raises:
         ValueError: Names or shapes are those of another method, rule or rank, or sharded state meets a plain parameter.
     """
-    fresh = {CORRECTION} & described.keys() - saved.keys()  # of a checkpoint from before there was one: nothing to add
+    fresh = {CORRECTION} & described.keys() - saved.keys()  # one that the checkpoint lacks starts at zero
     if saved.keys() | fresh != described.keys():
         raise ValueError(
             f"the loaded state of {label} has {sorted(saved)}, {reader} keeps {sorted(described)}: "
@@ -134,7 +134,7 @@ def load_keeping(
 ) -> None:
     """Load a state dict by torch's own method, then settle its state; a refused one leaves the optimizer as it was.
 
-    By hooks, because torch's own hooks may replace the state dict on the way in and read the state on the way out.
+    This is done in hooks, since other hooks may replace the state dict before it is loaded or read the state after.
 
     Args:
         optimizer: The optimizer.

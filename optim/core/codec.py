@@ -5,8 +5,8 @@
     "8bit", "bnb8"                       codes of the moment's shape, and in fp32 `<name>_scale` (rows, cols / block)
 
 Only `exp_avg` (signed) and `exp_avg_sq` (not) are coded. Statistics of rows and columns, vectors, tensors of fewer than
-`SMALL` elements and those whose rows are shorter than `SHORT` stay in fp32. The shape decides, never that of a shard; a
-vector has but one row, whose blocks no sharding would leave whole.
+`SMALL` elements and those whose rows are shorter than `SHORT` stay in fp32. The shape of the whole tensor decides, so
+that all shards agree. Vectors are never coded because they are one row, whose blocks any sharding would cut.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def form_of(name: str, shape: Sequence[int], state_dtype: str) -> Format | None:
 
 
 def specs(name: str, shape: tuple[int, ...], param: Tensor, state_dtype: str, axis: Axis = "param") -> dict[str, Spec]:
-    """Describe a moment: one tensor, or codes and scales; `axis` is what its rows are where they are sharded."""
+    """Describe a moment: one tensor, or codes and scales; `axis` is what its first dimension runs over, see `Spec`."""
     form = form_of(name, shape, state_dtype)
     if form is None:
         return {name: Spec(shape, storage_dtype(param.dtype, state_dtype), param.device, axis=axis)}

@@ -27,10 +27,11 @@ class Conversion:
     """Rank, bits and mode of rounding of a parameter's state; all other options are the same in both groups.
 
     Args:
-        optimizer: Describes the state; where the names of what is there tell a phase, its own must be the saved one.
+        optimizer: Describes the state. It must hold the saved state meanwhile: sparse residuals tell their phase
+            (warm-up or chosen) by the names of the state that there is.
         param: The parameter.
         groups: The complete group that it was saved in, and the one that it will be in.
-        position: Of the parameter among all, for messages and seeds.
+        position: Position of the parameter in the optimizer, for messages and seeds.
 
     Raises:
         ValueError: The subspaces differ in more than the rank of a dense basis.
@@ -75,7 +76,7 @@ class Conversion:
         return made
 
     def _moment(self, held: State, made: State, name: str) -> None:
-        """Anything but a basis: decoded, cut or filled up, and coded."""
+        """Convert a moment or a counter: decode it, cut it or fill it up to the new shape, and code it."""
         if not self._same(held, made, name):
             value = codec.load(held, name, self.how[0].state_dtype, self.dtype)
             value = _fit(value, self.new[name].shape, mean="exp_avg_sq" in name)
@@ -127,7 +128,7 @@ class Conversion:
 
 
 def _fit(value: Tensor, shape: tuple[int, ...], *, mean: bool) -> Tensor:
-    """Cut a tensor, or fill it up with zeros or with the mean of what there is along the dimension."""
+    """Cut a tensor to a shape, or fill it up: with zeros, or with the mean of what there is along the dimension."""
     for dim, size in enumerate(shape):
         value = value.narrow(dim, 0, min(size, value.shape[dim]))
         missing = size - value.shape[dim]
@@ -138,7 +139,7 @@ def _fit(value: Tensor, shape: tuple[int, ...], *, mean: bool) -> Tensor:
 
 
 def _divisible(described: Mapping[str, Spec], how: Any) -> bool:
-    """Tell whether the state has a basis whose columns may be fewer or more."""
+    """Tell whether the state has a basis that can lose or gain columns."""
     return "basis" in described and isinstance(how.basis, Dense)
 
 

@@ -1,4 +1,4 @@
-"""What captures the operations of a step, and runs them again as one launch."""
+"""Capturing the operations of a step in a CUDA graph, which runs them again as one launch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Step = Callable[[], Any]
 
 
 class Graphs(Protocol):
-    """What captures a step."""
+    """What `GraphedStep` needs of a device that captures; tests pretend one without a GPU."""
 
     def warm_up(self, step: Step) -> None:
-        """Run a step where the next will be captured."""
+        """Run a step on the stream where the next will be captured."""
 
     def capture(self, step: Step) -> Step:
         """Record the operations of a step on the device, without effect there, and return what runs them."""
@@ -50,7 +50,7 @@ class CudaGraphs:
         current.wait_stream(self._stream)
 
     def capture(self, step: Step) -> Step:
-        """Capture it; threads of a data loader may pin memory meanwhile."""
+        """Capture it; "thread_local" lets other threads, such as a data loader's, pin memory meanwhile."""
         graph = torch.cuda.CUDAGraph()
         within = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
         with torch.cuda.device(self._device), sharing(), within:

@@ -76,7 +76,7 @@ def _by_rule(b: Bucket) -> None:
 
 
 def _coded_adamw_(b: Bucket, t: Count) -> bool:
-    """AdamW on moments in 8 bits: one pass over weight, gradient and codes; tell whether that is the case."""
+    """If the moments are AdamW's in 8 bits, step in one pass over weight, gradient and codes; tell whether it did."""
     held, hyper, position = b.states[0], b.hyper, b.positions[0]
     first, second = codec.coded(held, "exp_avg"), codec.coded(held, "exp_avg_sq")
     if hyper.rule != "adamw" or hyper.maximize or first is None or second is None:
@@ -90,7 +90,7 @@ def _coded_adamw_(b: Bucket, t: Count) -> bool:
 
 
 def _widened_adamw_(b: Bucket, t: Count) -> bool:
-    """AdamW on a weight narrower than its moments, on a CPU; tell whether that is the case.
+    """If AdamW's moments are wider than the weight, as fp32 for bf16, step on a CPU; tell whether it did.
 
     Torch's fused form takes one dtype: it gets tiles of weight and gradient in that of the moments.
     """

@@ -1,10 +1,12 @@
-"""State that exists, brought to what its group needs now: options and dtypes may change after the first step.
+"""Options and dtypes that change after the first step: existing state is converted to what its group needs now.
 
-cast or moved        floating state follows the parameter and `state_dtype`
-switched on          a momentum, a correction of rounding or a counter starts at zero
-switched off         state that nothing reads any more is dropped
-everything else      is refused: other shapes, codes of 8 bits for numbers or other codes, second moments that
-would start at zero at Adam's old step count
+cast or moved      floating state follows the parameter and `state_dtype`
+switched on        a momentum, a correction of rounding or a counter starts at zero
+switched off       state that nothing reads any more is dropped
+everything else    is refused: other shapes or ranks, 8-bit codes in the place of numbers or of other codes, and
+                   second moments, which would start at zero while Adam's step count goes on
+
+Nothing has changed where an error is raised.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ def reconcile(
 
     Args:
         states: The state of an optimizer.
-        described: What it should be.
-        before: What it was described as the last time.
-        layouts: Where parameters lie.
+        described: What it should be now.
+        before: How it was described when it was made or last reconciled.
+        layouts: The layout of every parameter.
 
     Raises:
         ValueError: State cannot be converted to what a group needs now.
@@ -89,7 +91,7 @@ def _settle(
 
 
 def _started(param: Tensor, held: Mapping[str, Tensor], specs: Mapping[str, Spec], layout: Layout) -> dict[str, Tensor]:
-    """What there is not yet, at zero, where zero is how it starts whenever that is."""
+    """State that is described and does not exist, as zeros; refused where zero is no start after many steps."""
     missing = {name: spec for name, spec in specs.items() if name not in held}
     for name in missing:
         prefix, drifts, _ = name.partition("exp_avg_sq")
@@ -123,7 +125,7 @@ def _cast(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _options(name: str) -> str:
-    """The options that decide over a state."""
+    """Name the options that decide over a state, for messages."""
     if name.startswith("basis"):
         return "rank, density, proj_type, projector, num_heads and basis_dtype"
     if name.startswith("residual_"):

@@ -1,4 +1,4 @@
-"""A cycle of gradient release: gradients that have come, in the subspace where that is exact, and their norm."""
+"""Gradient release between two steps: the gradients that have come, summed in the subspace where that is exact."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLIPPING = ("previous", "matrix")
 
 
 class Clip(NamedTuple):
-    """How gradients are clipped when no one knows the norm of all of them.
+    """How gradients are clipped that are used before the norm of all of them is known.
 
     Args:
         max_norm: Largest norm; None does not clip.
@@ -64,7 +64,7 @@ class Cycle:
 
     @torch.no_grad()
     def add(self, param: Tensor) -> int:
-        """Take the gradient of a backward pass, and tell how many there are of the parameter."""
+        """Take in the gradient of a parameter; return how many have come since its last step."""
         if self._compression is not None:
             if not self._counts:
                 self._compression.begin()
@@ -77,7 +77,7 @@ class Cycle:
 
     @torch.no_grad()
     def step(self, param: Tensor) -> None:
-        """Step a parameter by what has come, and free it."""
+        """Step a parameter by the gradients that have come, and free them."""
         del self._counts[param]
         low = self._sums.pop(param, None)
         grad = param.grad if low is None else low
@@ -93,7 +93,7 @@ class Cycle:
         param.grad = None
 
     def end(self) -> None:
-        """Step what did not get a gradient in the last backward pass, and begin a cycle."""
+        """Step the parameters that wait, having had no gradient in the last backward pass, and begin a new cycle."""
         for param in list(self._counts):
             self.step(param)
         self.stepped.clear()
@@ -101,7 +101,7 @@ class Cycle:
             self._last, self._squares = self.norm(), []
 
     def discard(self) -> None:
-        """Forget what has come, as where a batch is given up."""
+        """Drop the gradients that have come, as where a batch is given up."""
         for param in self._counts:
             param.grad = None
         self._forget()
@@ -123,7 +123,7 @@ class Cycle:
         self.optimizer.release = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What has come in this cycle, by position of the parameter, and the norm of the last one."""
+        """The gradients that have come in this cycle, by position of the parameter, and the norm of the last cycle."""
         place = {param: i for i, param in enumerate(self._params())}
         return {
             "counts": {place[param]: count for param, count in self._counts.items()},
@@ -163,14 +163,14 @@ class Cycle:
             yield from group["params"]
 
     def norm(self) -> Tensor | None:
-        """Norm of all gradients of this cycle, of the last one as long as there is none."""
+        """Norm of all gradients of this cycle; before the first one that of the last cycle."""
         if not self._squares:
             return self._last
         device = self._squares[0].device
         return torch.stack([square.to(device) for square in self._squares]).sum().sqrt()
 
     def _norm(self, param: Tensor, grad: Tensor, low: Tensor | None) -> Tensor | None:
-        """Norm of a gradient or of R, of the whole of them where they are sharded."""
+        """Norm of a gradient, or of R in its place; where they are sharded that of the whole."""
         if grad.is_sparse:
             return None  # the optimizer's error to raise
         if low is not None and self._compression is not None:
@@ -179,7 +179,7 @@ class Cycle:
         return whole(norm)
 
     def _clip_(self, grad: Tensor, norm: Tensor | None) -> None:
-        """Note the norm of a gradient and scale it, without a synchronisation."""
+        """Note the norm of a gradient and scale the gradient in place, without a synchronisation."""
         if norm is None:
             return
         self._squares.append(norm.square())
@@ -187,5 +187,5 @@ class Cycle:
             known = norm
             if self.clip.by == "previous" and self._last is not None:
                 last = self._last.to(norm)
-                known = torch.where(last.isfinite() & (last > 0), last, norm)  # one that says nothing
+                known = torch.where(last.isfinite() & (last > 0), last, norm)  # a useless one: by its own norm
             local(grad).mul_((self.clip.max_norm / (known + 1e-6)).clamp(max=1.0).to(grad.dtype))

@@ -69,7 +69,7 @@ class Rule(ABC):
         """Update the states and write the directions."""
 
     def coded_direction(self, work: Work, hyper: Hyper, seeds: Sequence[Seed]) -> bool:
-        """As `direction` in one pass over states as they are stored; False where the rule or the states have none.
+        """`direction` in one pass over states that are coded in 8 bits; returns False, and does nothing, if it cannot.
 
         Args:
             work: The work, whose states may be coded in 8 bits.

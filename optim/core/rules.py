@@ -149,12 +149,12 @@ def _whiten(work: Work, counts: Sequence[int], hyper: Hyper) -> None:
 def learning_rates(
     hyper: Hyper, counts: Sequence[int], weights: Sequence[Tensor], dtype: torch.dtype, layout: Layout = ALONE
 ) -> list[float | Tensor]:
-    """Rates of an absolute rule, of weights of one shape."""
+    """Learning rates of a rule that is `absolute`, for weights of one shape."""
     return factored.learning_rates(hyper, counts, weights, _pair(hyper.eps)[1], dtype, layout)
 
 
 def blockwise(hyper: Hyper, seeds: Sequence[Seed]) -> reference.Blockwise:
-    """The numbers of a rule whose moments are coded."""
+    """The format, seeds and numbers that a kernel for coded moments takes."""
     form, eps = FORMATS[hyper.state_dtype], single_eps(hyper.eps)
     return reference.Blockwise(form, seeds, hyper.betas, eps, raw_eps=hyper.raw_eps)
 

@@ -1,4 +1,8 @@
-"""What the host decides by counting: whether the next step is the same operations on the device as the last one."""
+"""Whether the next step runs the same operations as the last one, so that a CUDA graph may replay it.
+
+Counters on the host decide: a step in which one of them runs out refreshes a basis, creates state or opens a window of
+blocks, and cannot be replayed.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,10 @@ class Schedule:
     """The counters of the host at one step, of the parameters that have a gradient.
 
     Args:
-        ready: There are such parameters and they have their state, ranks are chosen, no residual warms up, no gradient
-            waits in a subspace.
-        waits: Steps until the next refresh of every matrix; changed by `count`.
-        first: The least of each at which a step is like the one before.
+        ready: There are such parameters and all have their state, ranks are chosen, no residual is in its warm-up, and
+            no gradient is held in a subspace.
+        waits: Steps until the next refresh of every matrix; `count` decrements them.
+        first: The smallest value of each at which the step is an ordinary one.
         turns: Groups whose blocks take turns.
     """
 
@@ -45,7 +49,7 @@ class Schedule:
                 held.append(state)
                 if "until_refresh" in state:
                     waits.append(state["until_refresh"])
-                    first.append(2 if follows else 1)  # such a basis moves at the end of the step before
+                    first.append(2 if follows else 1)  # a basis that follows moves at the end of the step before
         waiting = optimizer._low_grads or any(optimizer._waits(group) for group in optimizer.param_groups)
         ready = bool(held) and all(state and AVERAGE not in state for state in held) and not waiting
         turns = [
@@ -55,17 +59,17 @@ class Schedule:
 
     @property
     def due(self) -> bool:
-        """Whether the next step is another one: it searches bases, makes state or opens a window."""
+        """Whether the next step cannot be replayed: it searches bases, creates state or opens a window of blocks."""
         return self.searches or any(group[blocks.WAIT] <= 0 for group in self.turns)
 
     @property
     def searches(self) -> bool:
-        """The same but for windows, which are opened before a step begins."""
+        """Whether it searches bases or creates state; windows are opened before a step is captured."""
         soon = (_least(wait) < first for wait, first in zip(self.waits, self.first, strict=True))
         return not self.ready or any(soon)
 
     def count(self) -> None:
-        """Count a step that was replayed."""
+        """Count a replayed step, in which the host did not count."""
         if self.waits:
             torch._foreach_sub_(self.waits, 1)
         for group in self.turns:
@@ -77,14 +81,14 @@ def _least(wait: Tensor) -> float:
 
 
 def _states(optimizer: Lifecycle, group: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
-    """The states of the parameters of a group that have a gradient, empty where there is none."""
+    """The states of the parameters of a group that have a gradient; an empty one where it does not exist yet."""
     for param in group["params"]:
         if param.grad is not None:
             yield optimizer.state.get(param, {})
 
 
 def check_capture(optimizer: Lifecycle) -> None:
-    """Refuse to be captured by a CUDA graph in a step that could not be replayed.
+    """Raise an error where a CUDA graph captures a step that it could not replay.
 
     Raises:
         RuntimeError: A group is not capturable, or a basis is searched in this step.

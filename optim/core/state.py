@@ -19,14 +19,14 @@ COUNTERS = ("step", "until_refresh", "refreshes", "skipped_refreshes")
 until the next refresh, refreshes done, refreshes skipped."""
 
 INTERVAL = "interval"
-"""One more where refreshes are lazy: steps between two of them now."""
+"""One more counter where refreshes are lazy: the current interval between two of them, in steps."""
 
 AGE = "age"
-"""Steps taken by each coordinate of an index basis (r,), where they are carried by coordinate."""
+"""Step count of each coordinate of an index basis (r,), where moments are carried coordinate by coordinate."""
 
 
 def is_counter(name: str) -> bool:
-    """Tell a count from state that costs memory."""
+    """Whether a state tensor is a counter, whose bytes no summary counts."""
     return name in COUNTERS or name == INTERVAL or name.endswith(("_step", "_key"))
 
 
@@ -53,7 +53,7 @@ def specs(param: Tensor, view: MatrixView | None, hyper: Hyper) -> dict[str, Spe
 
 
 def axis_of(name: str, ndim: int, view: MatrixView | None) -> Axis:
-    """What the rows of a moment are, for `Spec.axis`."""
+    """`Spec.axis` of a moment."""
     if view is None:
         return sides.axes(ndim).get(name, "param")
     return "" if view.full or name.endswith("_col") else "kept"
@@ -72,20 +72,20 @@ def delegates(param: Tensor, hyper: Hyper) -> bool:
 
 
 def runs_fused(param: Tensor, hyper: Hyper) -> bool:
-    """Tell whether that is torch's fused form: asked for, or neither form asked for and the device has it."""
+    """Whether that is torch's fused form: asked for by `fused=True`, or by default where the device has it."""
     return delegates(param, hyper) and _fused(param, hyper)
 
 
 def _fused(param: Tensor, hyper: Hyper) -> bool:
     if not param.is_contiguous():
-        return False  # torch's fused kernel on a CPU walks memory, whatever the strides
+        return False  # torch's fused kernel for CPUs ignores strides
     if hyper.fused is None:
         return hyper.foreach is None and param.device.type in ("cpu", "cuda")
     return hyper.fused
 
 
 def zeros(described: Mapping[str, Spec], layout: Layout = ALONE) -> dict[str, Tensor]:
-    """Allocate state from its description, of that of a sharded parameter this rank's piece."""
+    """Allocate state from its description; of a sharded parameter DTensors, of which this rank allocates its piece."""
     if layout.sharding is None:
         return {name: torch.zeros(s.shape, dtype=s.dtype, device=s.device) for name, s in described.items()}
     return {

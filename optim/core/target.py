@@ -23,7 +23,7 @@ TAG = 0x77
 
 
 class Rounds(Protocol):
-    """Options that say how weights are rounded."""
+    """What `writing` reads of the options of a group."""
 
     @property
     def rounding(self) -> str:
@@ -62,10 +62,15 @@ def writing(
     shape: tuple[int, int] | None = None,
     box: Box | None = None,
 ) -> Iterator[Target]:
-    """Yield a parameter to write to, as a matrix of a given shape or of (first dimension, rest).
+    """Yield a parameter as a matrix to write to, once, in a `for` loop: code after the yield stores what was written.
 
-    One that cannot be viewed as a matrix, channels-last say, is copied back. Random bits are a function of the seed,
-    the position of the parameter and its step, and of rows and columns in the whole weight of which it is the box.
+    Args:
+        param: The parameter, or this rank's piece of it.
+        held: Its state: the step count, and a correction if it has one.
+        how: The mode and the seed of rounding.
+        position: Its position in the optimizer; with seed, step, row and column it decides the random bits.
+        shape: Shape of the matrix; None is (first dimension, rest).
+        box: Where the piece lies in the whole weight; None for all of it.
     """
     shape = shape or rows_and_columns(param.shape)
     weight = param.detach().reshape(shape)
@@ -74,10 +79,10 @@ def writing(
     seed = 0 if mode in ("nearest", "compensated") else random.mix(how.seed, position, _known(held["step"]), TAG)
     row, col = (box.row, box.col) if box else (0, 0)
     yield Target(weight, mode, correction, seed, row, col)
-    if weight.data_ptr() != param.data_ptr():
+    if weight.data_ptr() != param.data_ptr():  # a copy: channels-last weights cannot be viewed as a matrix
         param.copy_(weight.view_as(param))
 
 
 def _known(count: Tensor) -> random.Seed:
-    """A step count as a number, unless it is on a device, which would have to be asked."""
+    """A step count as a number; on a device it stays a tensor, for reading it would synchronise."""
     return int(count) if count.device.type == "cpu" else count

@@ -1,4 +1,4 @@
-"""Adafactor's whitened gradient around a compressed momentum: what Flora does to matrices that go together."""
+"""Adafactor's whitened gradient `U = G / sqrt(V)` as Flora uses it: bad gradients count as zero."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .together import Make, Recipe
 
 
 def whiten(b: Bucket, counts: Sequence[int], o: adafactor.Options) -> list[Recipe]:
-    """Update V; tell how each `U = G / sqrt(V)` is made, (m, n) or of the shape of a plain parameter.
+    """Update V; return recipes for every `U = G / sqrt(V)`, (m, n) or of the shape of a plain parameter.
 
     A gradient that is not finite, or whose squares overflow, counts as zero and leaves V as it is.
     """
@@ -29,7 +29,7 @@ def whiten(b: Bucket, counts: Sequence[int], o: adafactor.Options) -> list[Recip
     white = adafactor.whiten(grads, second, counts, o, eps1, b.layout.natural)
     white = [make if isinstance(make, factored.Whitened) else Recipe(make, keep=b.layout.alone) for make in white]
     finite = torch.stack([_is_finite(make, held) for make, held in zip(white, second, strict=True)])
-    fine = (b.layout.max_all((~finite).int()) == 0).unbind()  # on every piece
+    fine = (b.layout.max_all((~finite).int()) == 0).unbind()  # only where every piece is finite
     for held, old, good in zip(second, before, fine, strict=True):
         if _may_be_bad(good):
             for name, value in held.items():
@@ -39,7 +39,7 @@ def whiten(b: Bucket, counts: Sequence[int], o: adafactor.Options) -> list[Recip
 
 
 def _is_finite(white: Make, second: State) -> Tensor:
-    """Whether all of U and V are, by the factors of U where it has such: neither is large where squares are not."""
+    """Whether U and V are finite. A factored U is not made for that: it is finite if V and its two factors are."""
     parts = (white.left, white.right) if isinstance(white, factored.Whitened) else (white(),)
     return torch.stack([part.sum() for part in (*parts, *second.values())]).isfinite().all()
 
@@ -60,7 +60,7 @@ def blend_(update: Tensor, past: Tensor, old: Tensor, beta1: float) -> None:
     """`U <- (1 - b1) U + b1 C P^T`, the product in the dtype of its factors."""
     if past.dtype == update.dtype:
         update.addmm_(past, old.T, beta=1 - beta1, alpha=beta1)
-    elif update.stride(0) < update.stride(1):  # in the order of memory
+    elif update.stride(0) < update.stride(1):  # rows of the transpose lie in memory
         blend_(update.T, old, past, beta1)
     else:
         for rows in row_blocks(update):
