@@ -56,9 +56,9 @@ class Adafactor(Lifecycle):
 
     Args:
         params: Parameters, groups or (name, parameter) pairs.
-        lr: Learning rate, a number or a 1-element tensor, under any schedule and without caps; None (the paper) takes
-            the relative step, with `group["lr"]` = 1e-2 as its cap.
-        beta1: Momentum, an average of updates (not of gradients); None has none and stores none.
+        lr: Learning rate, a number or a 1-element tensor; a schedule may set any value. None (the paper) takes the
+            relative step, whose cap is then `group["lr"]` = 1e-2.
+        beta1: Decay rate of a momentum, which averages updates (not gradients); None, the default, keeps none.
         beta2_decay: Exponent of the decay rate of the second moment.
         eps: eps1 added to the squared gradient, and eps2, the smallest parameter scale.
         clip_threshold: d, the largest root mean square of an update; None does not clip.
@@ -69,8 +69,7 @@ class Adafactor(Lifecycle):
         momentum_on: Average "scaled_update" (alpha U, as the reference codes do) or "update" (U).
         decay_by: Decay by weight_decay times "lr" (the group's), "alpha" (alpha_t) or "one".
         eps_mode: "square" as above; "floor" bounds mean(R) by eps1 and V by eps1^2 instead, as torch does.
-        factor_dims: Factor the "last2" dimensions or the "largest2", which is the rule that saves memory on
-            convolutions.
+        factor_dims: Factor the "last2" dimensions, or the "largest2", which saves memory on convolutions.
         min_dim_size_to_factor: Keep V whole where a factored dimension is smaller.
         state_dtype: Dtype of the momentum, "float32" (fp64 for fp64 parameters), "bfloat16", "8bit", "bnb8",
             "parameter", or a torch.dtype; the statistics are fp32 always.
@@ -175,7 +174,7 @@ class Adafactor(Lifecycle):
         return cls(params, lr, **preset | options)
 
     def plain(self, b: Bucket) -> None:
-        """One step of Adafactor, parameter by parameter; of pieces, with the sums of all of a bucket together."""
+        """One step of Adafactor: parameter by parameter, or where sharded bucket by bucket, to share collectives."""
         options = self._hyper(self.param_groups[b.plan.group])
         for batch in buckets(b):
             _step(batch, options)
@@ -213,7 +212,7 @@ def _step(b: Bucket, o: Options) -> None:
 
 
 def _move(b: Bucket, index: int, white: Make, size: Size, o: Options) -> None:
-    """`X_t = decay X_{t-1} - alpha_t U_t / max(1, rms(U_t) / d)`, or as much of its momentum."""
+    """`X_t = decay X_{t-1} - alpha_t U_t / max(1, rms(U_t) / d)`, with momentum an average of such updates."""
     (alpha, clip), held = size, b.states[index]
     rate = {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by]
     decay = 1 - o.weight_decay * rate if o.weight_decay else 1.0
@@ -233,7 +232,7 @@ def _move_in_tiles(target: Target, white: Whitened, factor: float | Tensor, deca
 
 
 def _update(update: Tensor, size: Size, held: State, o: Options) -> Tensor:
-    """alpha_t times the clipped U_t or its momentum, in place of U_t."""
+    """alpha_t times the clipped U_t, or the average of such updates; overwrites U_t."""
     alpha, clip = size
     if clip is not None:
         update.div_(clip)

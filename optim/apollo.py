@@ -140,7 +140,7 @@ class Apollo(SubspaceOptimizer):
 
 
 class APOLLOAdamW(Apollo):
-    """The name under which frameworks know APOLLO, with the authors' group keys and order of operations as described.
+    """`Apollo` under the name by which frameworks ask for it, with the authors' group keys and order of operations.
 
     Groups with `rank, proj, scale_type, update_proj_gap, scale, proj_type` are projected, groups without `rank` are
     plain AdamW; eps is added before bias correction, decay comes after the update, the limiter locks at zero.
@@ -180,10 +180,10 @@ class APOLLOAdamW(Apollo):
 
 
 def spell(options: dict[str, Any]) -> dict[str, Any]:
-    """Spell the authors' options as ours, in place.
+    """Replace the authors' options by ours, in place.
 
     Raises:
-        ValueError: One has another value than theirs, is given beside ours, or is `scale_front=True`.
+        ValueError: One has a value that the authors' code has not, is given beside ours, or is `scale_front=True`.
     """
     for key, (name, values) in NEIGHBOURS.items():
         if key not in options:

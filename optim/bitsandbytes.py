@@ -1,4 +1,4 @@
-"""State of `bitsandbytes.optim.AdamW8bit` into that of plain groups with `state_dtype="bnb8"`, and back.
+"""Converting state of `bitsandbytes.optim.AdamW8bit` into that of plain groups with `state_dtype="bnb8"`, and back.
 
     optimizer.load_state_dict(from_bitsandbytes(torch.load("adamw8bit.pt"), model.parameters()))
 
@@ -27,7 +27,7 @@ from ..kernels.bnb import coincides
 from .core.codec import SMALL, form_of, rows_and_columns
 
 WRAPPED = "__bnb_optimizer_quant_state__"
-"""Where recent releases put the tensors of a parameter, to hide them from FSDP."""
+"""Key under which recent releases of bitsandbytes put the state tensors of a parameter, to hide them from FSDP."""
 
 MOMENTS = (("exp_avg", "1", True), ("exp_avg_sq", "2", False))
 """Our name, the digit of theirs, and whether it may be negative."""
@@ -132,7 +132,7 @@ def _coded(param: Tensor) -> bool:
 
 
 def _moved(source: Blocks | Tensor, shape: tuple[int, int] | None, signed: bool) -> Blocks | Tensor:
-    """A moment in the blocks of a matrix of this shape, or in fp32: a copy where these are the blocks that it has."""
+    """Code a moment in blocks of this shape, or return it in fp32 for None; equal blocks are copied."""
     if isinstance(source, Blocks) and shape is not None and coincides(source.codes.shape) and coincides(shape):
         return Blocks(source.codes.reshape(shape).clone(), source.scale.reshape(shape[0], -1).clone())
     values = dequantise(source, DYNAMIC, signed=signed) if isinstance(source, Blocks) else source.clone()
@@ -166,7 +166,7 @@ def _flat(params: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _group(group: Mapping[str, Any], neutral: Mapping[str, Any]) -> StateDict:
-    """What both know of a group; options that only one knows must have the value at which they do nothing."""
+    """The options of a group that both packages have; the others must have the `neutral` value, which does nothing."""
     for name, value in neutral.items():
         if group.get(name, value) != value:
             raise ValueError(f"a group has {name}={group[name]!r}, AdamW8bit only {value!r}")

@@ -27,7 +27,7 @@ BITSANDBYTES = {
     "block_wise": True,
     "is_paged": False,
 }
-"""What frameworks pass on to an 8-bit optimizer of bitsandbytes, and the one value of it that ours has."""
+"""Arguments that frameworks pass on to an 8-bit optimizer of bitsandbytes, and the one value that ours takes."""
 
 
 class GaLoreAdamW8bit(presets.GaLoreAdamW8bit):

@@ -1,4 +1,4 @@
-"""State of a checkpoint at another rank or in other bits."""
+"""Converting the state of a checkpoint to another rank or other bits."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .core.lifecycle import Lifecycle
 from .core.sharding import is_dtensor
 
 OURS = (*CONVERTIBLE, "ranks", "energy", "budget")
-"""Options that the result has from the optimizer; all others are the checkpoint's, which loading takes over."""
+"""Options that the result takes from the optimizer; all others are the checkpoint's, as whenever one is loaded."""
 
 UNNAMED: dict[str, Any] = {"rank": None, "density": None, "rule": "adamw", "state_dtype": "float32"}
 UNNAMED |= {"basis_dtype": None, "rounding": "nearest", "lazy": None, "weight_norm": False, "num_heads": None}
-"""What a checkpoint without an option was written with: an older one, or one of torch's AdamW."""
+"""The values of options that a checkpoint lacks, as an older one, or one of torch's AdamW, does."""
 
 Group = dict[str, Any]
 StateDict = dict[str, Any]
@@ -130,7 +130,7 @@ def _result(mine: Group, saved: Group, *, stepped: bool) -> Group:
 
 @contextmanager
 def _holding(optimizer: Lifecycle, held: dict[Tensor, Any]) -> Iterator[None]:
-    """Have the optimizer hold the state of the checkpoint, whose names tell in which phase a residual is."""
+    """Let the optimizer hold the checkpoint's state for a while: its names tell the phase of a sparse residual."""
     own = optimizer.state
     optimizer.state = defaultdict(dict, held)
     try:

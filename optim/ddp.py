@@ -1,4 +1,4 @@
-"""Replicas: gradients reduced in the subspace, averaged one by one for release; whether replicas are still equal."""
+"""Replicas, as under DistributedDataParallel: sending R for gradients, averaging released ones, checking equality."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .core.released import Clip, Cycle
 from .core.sharding import is_dtensor, local
 
 CHUNK = 1 << 20
-"""Words that are summed up at once."""
+"""Words of a tensor that are summed at a time."""
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers in which the bits of numbers are read, by their bytes."""
+"""By the bytes of a number, the integer dtype that reads its bits."""
 
 
 class SubspaceReduction:
@@ -48,7 +48,7 @@ class SubspaceReduction:
         self._group = group
 
     def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Average a bucket of gradients over the replicas, what `register_comm_hook` calls."""
+        """Average a bucket of gradients over the replicas; pass this method to `register_comm_hook`."""
         if bucket.index() == 0:
             self._compression.release()
             self._compression.begin()
@@ -80,6 +80,7 @@ SubspaceReduction.reduce.__annotations__ |= _types
 
 
 def _packed(tensors: list[Tensor], like: Tensor) -> Tensor:
+    """All tensors in one vector, in their dtype, or if dtypes differ in fp32 or wider."""
     dtype = (
         torch.promote_types(like.dtype, torch.float32) if any(t.dtype != like.dtype for t in tensors) else like.dtype
     )
@@ -87,6 +88,7 @@ def _packed(tensors: list[Tensor], like: Tensor) -> Tensor:
 
 
 def _parts(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Views of a packed vector in the shapes of the tensors."""
     parts: tuple[Tensor, ...] = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
@@ -156,7 +158,7 @@ def check_replicas(optimizer: Optimizer, group: dist.ProcessGroup | None = None)
 def _difference(
     optimizer: Optimizer, every: list[Tensor], differing: list[int], group: dist.ProcessGroup | None
 ) -> str:
-    """What differs, of the first parameter in which something does, and what to do about it."""
+    """The message: what differs in the first parameter that does, on which ranks, and what to do about it."""
     param, size = every[differing[0]], dist.get_world_size(group)
     found: list[dict[str, int]] = [{}] * size
     dist.all_gather_object(found, {name: int(s) for name, s in _checksums(optimizer, param).items()}, group=group)
@@ -199,5 +201,5 @@ def _folded(sums: dict[str, Tensor]) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _keys(device: str) -> Tensor:
-    """Random odd factors: those of signs that change in pairs do not cancel."""
+    """Random odd factors of words: in a plain sum two changes, such as of two signs, could cancel."""
     return random.bits(0, range(1), CHUNK, device)[0] | 1

@@ -1,4 +1,4 @@
-"""ZeRO-1 and 2 of DeepSpeed: flat partitions of parameters, seen as the whole rows that they are."""
+"""ZeRO-1 and 2 of DeepSpeed, which cut flattened parameters into pieces: each is seen as the whole rows that it is."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .core.layout import Layout
+from .core.bucket import Plan
 from .core.optimizer import SubspaceOptimizer
 from .core.partitions import check_class, check_rows, check_stage, partition
 from .core.sharding import local
+from .core.summary import Summary
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -73,7 +74,7 @@ class ZeroOptimizer(Optimizer):
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _split(self, whole: SubspaceOptimizer) -> Iterator[Group]:
-        """A group for every projected matrix, and one for all plain parameters between two of them."""
+        """Yield a group for every projected matrix, and one for all plain parameters between two of them."""
         world = dist.get_world_size(self._group) if dist.is_initialized() else 1
         for group in whole.param_groups:
             settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
@@ -91,6 +92,7 @@ class ZeroOptimizer(Optimizer):
                 yield self._noted(None, {"params": plain, **_without_rank(settings)})
 
     def _noted(self, shape: torch.Size | None, group: Group) -> Group:
+        """Note the shape of a group's matrix, None for plain parameters: flattening will lose it."""
         self._shapes.append(shape)
         return group
 
@@ -133,6 +135,7 @@ class ZeroOptimizer(Optimizer):
         return self._inner
 
     def _matrix(self, flat: Tensor, shape: torch.Size) -> Tensor:
+        """A sharded parameter of this shape whose local piece is the flat one, in the same memory."""
         from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
         from torch.distributed.tensor import DTensor, Shard
 
@@ -165,20 +168,21 @@ class ZeroOptimizer(Optimizer):
         inner = self._whole()
         whole = inner.state_dict()
         plans = {param: plan for plan in inner._planned() for param in plan.params}
+        params = {index: param for index, (_, param) in self._parts.items()}
         whole["state"] = {
-            index: self._wrapped(inner, self._parts[index][1], plans, held)
+            index: self._wrapped(params[index], plans[params[index]], held)
             for index, held in state_dict["state"].items()
         }
         inner.load_state_dict(whole)
         for group, saved in zip(self._groups, state_dict["param_groups"], strict=True):
             group.update({name: value for name, value in saved.items() if name != "params"})
 
-    def _wrapped(self, inner: Any, param: Tensor, plans: Any, held: dict[str, Tensor]) -> dict[str, Tensor]:
-        plan = plans[param]
-        layout: Layout = plan.layout
+    def _wrapped(self, param: Tensor, plan: Plan, held: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's pieces of the state of a parameter as DTensors, which the inner optimizer loads."""
+        layout = plan.layout
         if layout.sharding is None:
             return held
-        described = inner._state_of(param, plan.view, plan.group)
+        described = self._whole()._state_of(param, plan.view, plan.group)
         found = {}
         for name, value in held.items():
             spec = described[name]
@@ -195,7 +199,7 @@ class ZeroOptimizer(Optimizer):
             found[name] = own
         return found
 
-    def summary(self) -> Any:
+    def summary(self) -> Summary:
         """What is projected, and what it costs, over all ranks; see `GaLore.summary`."""
         return self._whole().summary()
 
@@ -205,6 +209,7 @@ def _without_rank(settings: Group) -> Group:
 
 
 def _rows(grad: Tensor, like: Any) -> Tensor:
+    """This rank's flat piece of a gradient as a DTensor, sharded as a parameter (a DTensor) is."""
     from torch.distributed.tensor import DTensor
 
     piece = grad.view(local(like).shape)

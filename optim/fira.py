@@ -98,6 +98,6 @@ class Fira(SubspaceOptimizer):
 
 
 def _leaks(group: dict[str, Any]) -> bool:
-    """Whether the residual is the authors', with `scale` inside."""
+    """Whether the residual is the authors', `A - scale R P^T`, which takes out only a share of the subspace."""
     mode = group["residual"] or ("official" if group["compat"] == "official" else "exact")
     return bool(mode == "official")

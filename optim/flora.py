@@ -36,7 +36,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 FIXED = {"momentum_on": "update", "decay_by": "alpha", "eps_mode": "square", "warmup_init": False}
 FIXED |= {"factor_dims": "last2", "min_dim_size_to_factor": 0}
-"""Options of Adafactor that Flora does not leave open."""
+"""Options of Adafactor that have one value in Flora."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +129,13 @@ class Flora(Lifecycle):
         super().__init__(params, step | update | subspace | storage)
 
     def update(self, b: Bucket) -> None:
-        """One step of Flora on a bucket of same-shape matrices, one by one; those of pieces share their sums."""
+        """One step of Flora, the box above: by matrix, or where sharded by bucket, to share collectives."""
         o = self._hyper(self.param_groups[b.plan.group])
         for batch in buckets(b):
             _compressed(batch, o)
 
     def plain(self, b: Bucket) -> None:
-        """The same with P = I."""
+        """The same with P = I, for parameters that are not compressed."""
         o = self._hyper(self.param_groups[b.plan.group])
         for batch in buckets(b):
             _plain(batch, o)
@@ -197,6 +197,7 @@ class Flora(Lifecycle):
 
 
 def _compressed(b: Bucket, o: Options) -> None:
+    """One step on matrices with a compressed momentum, in the order of Flora's box."""
     layout, beta1, every = b.layout, o.beta1 or 0.0, range(len(b.params))
     gemm = b.params[0].dtype if b.params[0].dtype == torch.bfloat16 else b.dtype
     counts = tally(b.states)
@@ -226,6 +227,7 @@ def _compressed(b: Bucket, o: Options) -> None:
 
 
 def _plain(b: Bucket, o: Options) -> None:
+    """One step on parameters with an ordinary momentum M, or none."""
     counts = tally(b.states)
     updates = whiten(b, counts, o)
     if o.beta1 is not None:

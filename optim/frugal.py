@@ -98,7 +98,7 @@ class Frugal(SubspaceOptimizer):
     def update(self, b: Bucket) -> None:
         """One step of FRUGAL on a bucket of same-shape matrices."""
         free = Free.of(self.param_groups[b.plan.group])
-        if undivided_(b, free):  # state-full or state-free as a whole
+        if undivided_(b, free):  # blocks, or density 0 or 1: state-full or state-free as a whole
             return
         refresh(b)  # P_t, every T steps                     (b, r)
         low = project(b)  # R_t = A_t P_t                    (k, a, r)
@@ -109,7 +109,7 @@ class Frugal(SubspaceOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Perform one optimization step; see `Lifecycle.step`. Groups of blocks count it, whatever has a gradient."""
+        """Perform one optimization step; see `Lifecycle.step`. For blocks it counts even if they have no gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

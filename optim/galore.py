@@ -30,8 +30,9 @@ class GaLore(SubspaceOptimizer):
         weight_decay: Decoupled, before the update, by `lr * weight_decay`.
         rank: Rank r of the subspace. If any group names a rank, groups that do not are plain; otherwise it applies to
             every weight of at least two dimensions (viewed as first x rest) whose smaller side exceeds it.
-            Everything else gets the rule itself, for AdamW exactly torch.optim.AdamW. "auto" chooses it by matrix from
-            the spectra of the first gradients; a group stands still until one of its gradients tells something.
+            Everything else gets the rule itself, for AdamW exactly torch.optim.AdamW. "auto" chooses a rank for every
+            matrix from the spectra of the first gradients; until then, while all gradients of a group are zero or not
+            finite, the group is not stepped.
         energy: With "auto", the share of a gradient's energy that a rank must hold, as 0.9; None asks for no share.
         budget: With "auto", the bytes that all state of a group's projected matrices may take; None sets no limit.
         update_proj_gap: Steps T between two refreshes of the basis.
@@ -45,11 +46,12 @@ class GaLore(SubspaceOptimizer):
             "cross_head" in a group with `num_heads` and perhaps `head_select`, which `GaLorePlus` documents.
         carry: What becomes of the moments at a refresh: "rotate" (the default) expresses them in the new basis,
             "keep" (the paper, and the default of `compat="official"`) leaves their numbers, "reset" starts afresh.
-            A basis that descends leaves them.
-        lazy: Overlap `|P_new^T P_old|^2 / r` of successive bases, between 0 and 1, from which a matrix' interval
-            doubles, up to 16 times; below it falls back to `update_proj_gap`. None keeps it.
-        weight_norm: Step in the coordinates length and direction of every row, `W = g V / |V|`, without a copy of V:
-            two numbers and the rule's moments a row more. Needs fp32 or fp64 weights.
+            With `projector="descend"`, which has no refreshes, it has no effect.
+        lazy: A threshold between 0 and 1 for the overlap `|P_new^T P_old|^2 / r` of successive bases. At or above it
+            the interval of that matrix doubles, up to 16 times `update_proj_gap`; below it the interval is
+            `update_proj_gap` again. None (the default) never changes it.
+        weight_norm: Step length and direction of every row apart, `W = g V / |V|`. V is not stored: the state grows by
+            two numbers a row and the rule's moments of g. Needs fp32 or fp64 weights.
         rule: Inner optimizer: "adamw", "adafactor", "lion", "rmsprop" or "sgd".
         state_dtype: How moments are stored: "float32" (the default; fp64 for fp64 parameters), "8bit" (codes of 8 bits
             with a scale every 128 entries of a row, second moments rounded stochastically), "bnb8" (the codes of
@@ -58,22 +60,23 @@ class GaLore(SubspaceOptimizer):
         gemm_dtype: Dtype of the projections' operands; "auto" is the gradient's.
         basis_dtype: None keeps a basis in the weight's dtype, "int8" and "int4" in that many bits, columns of unit
             length but only nearly orthogonal.
-        shard_basis: Keep a share of the rows of every basis where parameters are sharded along the kept side, and
-            gather it for a step; None does so in more than 8 ranks, where whole bases would outweigh the moments.
+        shard_basis: Where parameters are sharded along the kept side, keep only a share of the rows of every basis on
+            each rank, and gather them for a step; None does so on more than 8 ranks, where whole bases would outweigh
+            the moments.
         rounding: How bf16 weights are written: "nearest", "stochastic" (unbiased, without state), "compensated" (the
             fp32 weight, of which 16 bits are kept in state) or "compensated8" (24 bits of it, one byte of state).
         num_heads: Heads of `projector="cross_head"`, a number or ranges of rows, see `GaLorePlus`; None has none.
-        head_select: Which of them a shared basis is found from, a "random" one by default, see `GaLorePlus`.
+        head_select: Which head the shared basis is found from, a "random" one by default, see `GaLorePlus`.
         stagger: Spread the refreshes of the matrices over the interval, so that no step stalls.
-        seed: Seed of the sketches; results are a function of it, of parameter order and of step.
+        seed: Seed of sketches, random bases and rounding; results follow from it, the order of parameters and the step.
         maximize: Ascend instead of descend.
         backend: "auto", or the only kernel backend to use.
         foreach: Form of torch's AdamW in plain groups; as in torch.optim.AdamW.
         fused: Form of torch's AdamW in plain groups; by default fused where the device has it.
         capturable: Keep step counts on the device, for steps that a CUDA graph captures; see `GraphedStep`. Not with
             `rule="adafactor"`, `projector="dct"`, `weight_norm`, `compat` or sharded parameters.
-        replicas: Process group of DistributedDataParallel: every basis is found on one replica, in turns, and sent to
-            the others; without it each replica finds all of them by itself. Not saved.
+        replicas: Process group of DistributedDataParallel, over which the search for bases is shared: every basis is
+            found on one replica and sent to the others. None: each replica finds all of them. Not saved.
         compat: None (the default) is torch's AdamW inside; "official" follows the authors' code: eps before bias
             correction, decay after the update, moments in the gradient's dtype and kept at a refresh, rank clipped to
             the matrix, LAPACK's SVD in fp32.

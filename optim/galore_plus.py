@@ -34,8 +34,8 @@ class GaLorePlus(SubspaceOptimizer):
 
     State of a projected matrix: GaLore's `min(m,n) r + 2 max(m,n) r` elements, with `num_heads` always `n r + 2 m r`,
     and k indices of 4 bytes with two moments: k (4 + 2 * 4) bytes in fp32. During the warm-up there is an fp32 buffer
-    of the weight's size instead, which is freed. State that `torch.distributed.checkpoint` makes to load into is that
-    after the warm-up; `load_state_dict` reads both.
+    of the weight's size instead, which is freed. `load_state_dict` reads checkpoints of both phases;
+    `torch.distributed.checkpoint`, which creates state before it loads, those from after the warm-up.
 
     Args:
         params: Parameters, groups or (name, parameter) pairs; see `GaLore`. `head_groups(model)` makes the groups.
@@ -58,13 +58,16 @@ class GaLorePlus(SubspaceOptimizer):
         ValueError: An option is out of range or unknown but close to a known one, heads do not divide the rows, or a
             residual is asked of a rule other than "adamw".
 
-    From the paper: one randomly chosen head's basis for all query heads and for all key heads, randomized subspace
-    iteration, and residuals at positions that a warm-up finds. There is no public code; our completion is the rest.
-    The shared basis is the input side's, of a new head (or stack of heads) at every refresh. The iteration is that of
-    `projector="sketch"`: at most two rounds, warm-started, 8 columns more than the rank. S is fixed once chosen, by
-    |dM|. "exact" and "additive", with bias correction counted from the first step of S, stand for the paper's
-    residuals of both moments and the update. Moments are rotated at a refresh (`carry`): the additive first moment then
-    takes up at S what the low-rank one loses, its second moment stays. So do the values of density and warm-up.
+    What the paper says: one randomly chosen head's basis for all query heads and for all key heads, randomized subspace
+    iteration, and residuals at positions that a warm-up finds. There is no public code, and the rest is our completion:
+
+    - The shared basis is that of the input side, of another head (or stack of heads) at every refresh.
+    - The iteration is that of `projector="sketch"`: at most two rounds, warm-started, 8 columns more than the rank.
+    - S is chosen once, by |dM|. "exact" and "additive" stand for the paper's residuals of both moments and the update;
+      their bias correction counts from the first step of S.
+    - Moments are rotated at a refresh (`carry`). The additive first moment at S then takes up what the low-rank one
+      loses; its second moment stays as it is.
+    - The default values of `residual_density` and `residual_warmup`.
     """
 
     def __init__(

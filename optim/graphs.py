@@ -17,17 +17,17 @@ from .core.lifecycle import Lifecycle
 from .core.schedule import Schedule
 
 COUNTED = ("params", "param_names", blocks.DONE, blocks.WAIT)
-"""Entries of a group that a captured step does not depend on, or that the host counts."""
+"""Entries of a group that may change without a new capture: parameters are compared apart, the host counts the rest."""
 
 PATIENCE = 10
-"""Steps without a replay, for options that change, after which a warning says so."""
+"""Changes of options without a replay between them after which a warning says so."""
 
 SEARCHES = 50
-"""The same for steps in which a basis is due."""
+"""Steps in a row in which a basis is due after which a warning says so."""
 
 
 class GraphedStep:
-    """Call it in the place of `optimizer.step()`: steps between refreshes are one launch of a captured CUDA graph.
+    """A function to call in the place of `optimizer.step()`: between refreshes a step is one launch of a CUDA graph.
 
         optimizer = GaLore(param_groups(model, rank=128), lr=torch.tensor(1e-2, device="cuda"), capturable=True)
         step = GraphedStep(optimizer)
@@ -37,15 +37,14 @@ class GraphedStep:
             scheduler.step()
             step.zero_grad()  # in place: the graph reads gradients where they were
 
-    A step that does something else runs as it is: the first, those that refresh a basis, choose ranks, find the entries
-    of a residual or open a window of blocks. With `stagger=True` that may be nearly every step; leave it off here.
-    Trajectories, counters and state dicts are those of `optimizer.step()`. A graph holds the temporaries of a step; the
-    seeds of random rounding, which follow from step counts, take some thirty small operations a matrix in it.
+    Steps that differ from others run without a graph: the first, and those that refresh a basis, choose ranks, find the
+    entries of a residual or open a window of blocks. With `stagger=True` that may be nearly every step; leave it off
+    here. Trajectories, counters and state dicts are those of `optimizer.step()`. A graph holds the temporaries of a
+    step; the seeds of random rounding, which follow from step counts, take some thirty small operations a matrix in it.
 
-    Numbers of the host are constants of a graph. A learning rate that changes must be a tensor on the parameters'
-    device, which schedulers fill; where a number, another option, the set of gradients or a parameter is another one,
-    or a state dict was loaded, the step is captured anew after its warm-up. Hooks of `step` run in no graph and are
-    refused.
+    Python numbers are constants of a graph. A learning rate that changes must be a tensor on the parameters' device,
+    which schedulers fill. Where any other option, the set of gradients or a parameter changes, or a state dict is
+    loaded, the step is captured anew after a warm-up. Hooks of `step` cannot run in a graph and are refused.
 
     Args:
         optimizer: An optimizer with `capturable=True`.
@@ -80,7 +79,7 @@ class GraphedStep:
         optimizer.register_load_state_dict_post_hook(lambda _: self.reset())
 
     def reset(self) -> None:
-        """Forget the graph, where something was changed that a step cannot see: the next ones warm up again."""
+        """Forget the graph: the next steps warm up and capture anew. For changes that `GraphedStep` cannot notice."""
         self._replay: Step | None = None
         self._warm = 0
         self._grads: list[int] = []
@@ -115,7 +114,7 @@ class GraphedStep:
             self._launch(self._replay)
 
     def _notice_changes(self) -> None:
-        """Forget the graph where a step would be another one, and say so where that is always."""
+        """Forget the graph where options or parameters have changed; warn if they do so before every replay."""
         key = self._key
         self._key = _key(self.optimizer, self._device)
         if self._key == key:
@@ -142,10 +141,10 @@ class GraphedStep:
             )
 
     def _moved(self) -> bool:
-        """Whether state is elsewhere than it was captured.
+        """Whether state lies at other addresses than when it was captured.
 
         Raises:
-            RuntimeError: A gradient is.
+            RuntimeError: A gradient does.
         """
         if _grads(self.optimizer) != self._grads:
             raise RuntimeError(
@@ -157,7 +156,7 @@ class GraphedStep:
         return not self._settled
 
     def _warn_if_always(self) -> None:
-        """Say so where a search is due in every step."""
+        """Warn where a search is due in every step, so that nothing is ever replayed."""
         self._searches += 1
         if self._searches == SEARCHES:
             warnings.warn(
@@ -180,7 +179,7 @@ class GraphedStep:
         self._refuse_hooks()
         optimizer = self.optimizer
         self._replay = None  # before its successor takes memory
-        replay = self._graphs.capture(optimizer.step)  # in which the host counts, and the device does nothing
+        replay = self._graphs.capture(optimizer.step)  # the host counts this step; the device runs it in the launch
         self._replay, self._settled = replay, True
         self._grads, self._state = _grads(optimizer), _state(optimizer)
         self.captures += 1
@@ -204,7 +203,7 @@ def _device(optimizer: Optimizer) -> torch.device:
 
 
 def _key(optimizer: Optimizer, device: torch.device) -> tuple[Any, ...]:
-    """What a graph has frozen: options, and which parameters there are and have a gradient."""
+    """All that a graph has frozen: options, addresses of parameters, and which of them have a gradient."""
     entries: list[tuple[Any, ...]] = []
     for index, group in enumerate(optimizer.param_groups):
         entries += [(index, name, _frozen(group[name], device)) for name in group if name not in COUNTED]

@@ -1,4 +1,4 @@
-"""Every slot of the subspace core, for combinations that no paper named."""
+"""`LowRank`: every part of the subspace core as an option, for combinations that no paper named."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def _support(group: Group, view: MatrixView) -> sparse.Support:
 
 
 def _descend_(b: Bucket, pair: tuple[Tensor, Tensor], sound: Tensor | None, group: Group) -> None:
-    """Move the weights with the residual of the group; `pair` is N and R, `sound` which gradients are finite."""
+    """Move the weights by N and the group's residual S; `pair` is (N, R), `sound` tells which gradients are finite."""
     kind, (step, low) = group["residual"], pair
     if kind in NORM:
         how = Scaling.of(group, leak=1.0 if kind == "norm" else 0.0)

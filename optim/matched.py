@@ -1,4 +1,4 @@
-"""Which parameter went into which group, by name."""
+"""`matched`: a table of which parameter went into which group, by name."""
 
 from __future__ import annotations
 

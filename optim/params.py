@@ -14,12 +14,12 @@ from .targets import (
     linear_layers,
     listed,
     named_weights,
-    papers,
     quantised_layers,
     ranks_of,
     stacks,
     undecayed,
     without,
+    without_head,
 )
 
 QUERY_NAMES = ("q_proj", "query", "q_lin")
@@ -81,7 +81,7 @@ def param_groups(
     """
     chosen = _chosen(model, targets, exclude)
     names = {id(param): (name, param) for name, param in model.named_parameters() if param.requires_grad}
-    # By layer, whose order is the model's, and once where layers share a weight.
+    # In the order of layers, which is the model's; a weight that layers share is taken once.
     owners = {id(weight): name for name, weight in reversed(chosen.items()) if id(weight) in names}
     projected = [key for key in dict.fromkeys(id(weight) for weight in chosen.values()) if key in owners]
     if not projected:
@@ -102,7 +102,7 @@ def param_groups(
 def _chosen(model: nn.Module, targets: Names | None, exclude: Names) -> dict[str, nn.Parameter]:
     layers = linear_layers(model)
     if targets is None or targets == ALL_LINEAR:
-        chosen = {name: layers[name].weight for name in papers(model, layers)} | experts(model)
+        chosen = {name: layers[name].weight for name in without_head(model, layers)} | experts(model)
     else:
         chosen = named_weights(model, layers, targets)
     return {name: chosen[name] for name in without(chosen, exclude)} if exclude else chosen
@@ -122,7 +122,7 @@ def _nothing(model: nn.Module) -> str:
 def _by_rank(
     keys: list[int], owners: Mapping[int, str], rank: int | str | Mapping[str, int | str], density: bool
 ) -> Iterator[tuple[dict[str, Any], list[int]]]:
-    """The size of every projected group, and its weights."""
+    """Yield the option that sets the rank of a projected group, and its weights."""
     if not isinstance(rank, Mapping):
         yield {} if density else {"rank": rank}, keys
         return
@@ -134,7 +134,7 @@ def _by_rank(
 
 
 def _by_decay(options: dict[str, Any], pairs: Pairs, still: set[str]) -> Iterator[dict[str, Any]]:
-    """A group, and one more for its parameters that do not decay."""
+    """Yield a group, and one more for those of its parameters (named in `still`) that do not decay."""
     for part, extra in (
         ([pair for pair in pairs if pair[0] not in still], {}),
         ([pair for pair in pairs if pair[0] in still], {"weight_decay": 0.0}),

@@ -1,4 +1,4 @@
-"""Weights in fp32 out of a model in bf16 whose optimizer compensates rounding."""
+"""`full_precision_state_dict`: fp32 weights of a bf16 model whose optimizer compensates rounding."""
 
 from __future__ import annotations
 

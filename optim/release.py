@@ -81,7 +81,7 @@ class GradientRelease:
         self._cycle.load_state_dict(state_dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientRelease:
-        """A model that is copied takes its hooks along, not its optimizer: the copy's do nothing."""
+        """Copying a model copies its hooks, but not the optimizer: the hooks of the copy do nothing."""
         return _inert()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -104,7 +104,7 @@ class GradientRelease:
                 self._hooks[id(param)] = hook
 
     def _forward(self, model: nn.Module, args: Any) -> None:
-        """A forward pass begins, not a checkpoint's within a backward pass: what was stepped may be stepped again."""
+        """Begin a new cycle at a forward pass, unless it is that of activation checkpointing within a backward pass."""
         if self._model is None or torch._C._current_graph_task_id() != -1:
             return
         if DistributedDataParallel._active_ddp_module is not None:
@@ -204,7 +204,7 @@ def enable_gradient_release(
 
 
 def _check_stepped(model: nn.Module, optimizer: Lifecycle) -> None:
-    """Refuse parameters whose gradients nobody would average."""
+    """Refuse parameters that are not in the optimizer, since nobody would average their gradients."""
     stepped = {param for group in optimizer.param_groups for param in group["params"]}
     for name, param in model.named_parameters():
         if param.requires_grad and param not in stepped:

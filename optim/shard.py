@@ -1,4 +1,4 @@
-"""Which dimension of a weight to shard, so that projections send nothing."""
+"""`kept_shard`: which dimension of a weight to shard, so that projections send nothing."""
 
 from __future__ import annotations
 

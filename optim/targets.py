@@ -1,4 +1,4 @@
-"""Which layers of a model are meant by a name: Hugging Face's rules, and what cannot be projected."""
+"""Finding the layers of a model that names and patterns mean, by Hugging Face's rules, and those to be left plain."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXPERTS = ("expert", "moe")
 """Parts of the names of fused mixtures of experts, or of their classes."""
 
 QUANTISED = ("Params4bit", "Int8Params")
-"""Weights of bitsandbytes, which say that they are floats until they are moved to a GPU."""
+"""Classes of bitsandbytes' weights, whose dtype is floating until they are moved to a GPU and coded."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def linear_layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def papers(model: nn.Module, layers: Mapping[str, Any]) -> list[str]:
-    """Leave out the output head and weights tied to an embedding."""
+def without_head(model: nn.Module, layers: Mapping[str, Any]) -> list[str]:
+    """Names of the layers that the papers project: all but the output head and weights tied to an embedding."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     find_head = getattr(model, "get_output_embeddings", lambda: None)
     head = getattr(find_head(), "weight", None)
@@ -67,12 +67,12 @@ def _of_stacks(names: Iterable[str], targets: Names) -> list[str]:
 
 
 def matching(names: Iterable[str], targets: Names) -> list[str]:
-    """The names that targets match: a string is an expression for a whole name; of a list, each is tried as below."""
+    """The names that `targets` match: one regular expression for whole names, or a list of what `_matches` says."""
     return [name for name in names if _matches(name, targets)]
 
 
 def _matches(name: str, targets: Names) -> bool:
-    """A list's entries are whole names, parts of one, or expressions for a whole one, as in transformers."""
+    """As in transformers, entries of a list are whole names, parts of names, or regular expressions for whole names."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(part in name or re.fullmatch(part, name) for part in targets)
@@ -159,7 +159,7 @@ def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def experts(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Those (experts, m, n) of fused mixtures of experts, told by name; a table of positions is none."""
+    """Those `stacks` that are fused experts (E, m, n), told by name or class; a table of positions, say, is not."""
     found = {}
     for name, param in stacks(model).items():
         told = f"{name} {type(model.get_submodule(name.rpartition('.')[0])).__name__}".lower()
