@@ -13,7 +13,7 @@ from ..kernels import EVERYWHERE
 from ..kernels.rounding import ROUNDINGS, Target
 from ..kernels.tiles import tiles
 from .core import codec
-from .core.adafactor import Options, Size, check_update, sizes, specs, whiten
+from .core.adafactor import Options, Size, check_update, rate_options, sizes, specs, whiten
 from .core.apply import move_
 from .core.bucket import Bucket
 from .core.codec import State
@@ -110,10 +110,7 @@ class Adafactor(Lifecycle):
         maximize: bool = False,
         backend: str = "auto",
     ) -> None:
-        relative = lr is None if relative_step is None else relative_step
-        if lr is None and not relative:
-            raise ValueError("lr=None needs relative_step=True: pass a learning rate, or leave relative_step out")
-        step = {"lr": 1e-2 if lr is None else lr, "relative_step": relative, "warmup_init": warmup_init}
+        step = {**rate_options(lr, relative_step), "warmup_init": warmup_init}
         update = {"beta1": beta1, "momentum_on": momentum_on, "clip_threshold": clip_threshold}
         moment = {"beta2_decay": beta2_decay, "eps": eps, "eps_mode": eps_mode}
         decay = {"weight_decay": weight_decay, "decay_by": decay_by, "scale_parameter": scale_parameter}

@@ -118,10 +118,7 @@ class Flora(Lifecycle):
         maximize: bool = False,
         backend: str = "auto",
     ) -> None:
-        relative = lr is None if relative_step is None else relative_step
-        if lr is None and not relative:
-            raise ValueError("lr=None needs relative_step=True: pass a learning rate, or leave relative_step out")
-        step = {"lr": 1e-2 if lr is None else lr, "relative_step": relative, "scale_parameter": scale_parameter}
+        step = {**adafactor.rate_options(lr, relative_step), "scale_parameter": scale_parameter}
         update = {"beta1": beta1, "beta2_decay": beta2_decay, "eps": eps, "clip_threshold": clip_threshold}
         subspace = {"rank": rank, "update_proj_gap": update_proj_gap, "distribution": distribution, "seed": seed}
         storage: dict[str, Any] = {"proj_type": proj_type, "state_dtype": state_dtype, "backend": backend}

@@ -62,6 +62,18 @@ class Options:
         return None if small else tuple(order)
 
 
+def rate_options(lr: float | Tensor | None, relative_step: bool | None) -> dict[str, Any]:
+    """The options `lr` and `relative_step` for what a constructor was given: without a rate a relative one, cap 1e-2.
+
+    Raises:
+        ValueError: There is neither a rate nor a relative step.
+    """
+    relative = lr is None if relative_step is None else relative_step
+    if lr is None and not relative:
+        raise ValueError("lr=None needs relative_step=True: pass a learning rate, or leave relative_step out")
+    return {"lr": 1e-2 if lr is None else lr, "relative_step": relative}
+
+
 def check_update(group: dict[str, Any]) -> None:
     """Validate what all optimizers with Adafactor's update share."""
     if group["lr"] is None:
