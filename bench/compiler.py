@@ -12,10 +12,10 @@ NAME = "torch._dynamo"
 
 
 def postpone_compiler() -> None:
-    """Let torch not import its compiler before something is asked of it.
+    """Keep torch from importing its compiler until something is compiled.
 
-    torch imports it to mark functions, among them those that make optimizers and tensors without data, as not to be
-    compiled. In a process that compiles nothing the marks are of no use: this is for such a process alone.
+    torch imports it only to mark functions, such as those of optimizers, as not to be compiled. A process that compiles
+    nothing does not need the marks; call this in no other.
     """
     if NAME not in sys.modules:
         sys.modules[NAME] = _Compiler(NAME)

@@ -1,7 +1,7 @@
-"""What one rank of many keeps, allocates and sends: the optimizer's own code, on one rank of a world that is not there.
+"""What one rank of many keeps, allocates and sends: the optimizer's own code, run as the first rank of pretended ones.
 
-Parameters without data are placed as FSDP2 places them, the steps of every bucket run on a group that only pretends to
-send, and what they allocate and pass to collectives is counted.
+Meta parameters are placed as FSDP2 places them, the steps of every bucket run in a process group whose collectives send
+nothing, and what they allocate and pass to collectives is counted.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _all_unfinished(energies: Tensor, images: Sequence[Tensor], layout: Layout) -> list[int]:
-    """In the place of the search for those whose iteration may end early: of the worst case none does."""
+    """Takes the place of `linalg.unfinished` for the worst case: no subspace iteration ends early."""
     unfinished(energies, images, layout)
     return list(range(len(images)))
 

@@ -1,4 +1,4 @@
-"""Ranks, and where parameters lie on them: a world that is not there, of which this process is the first rank."""
+"""Pretended ranks, of which this process is the first, and how parameters are sharded over them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """8-bit codes for moments: blocks of a row share a scale, the largest magnitude among them.
 
 A moment is seen as a matrix (rows, cols). Blocks lie within a row and the last one may be shorter, so that rows never
-share a scale and any split by rows is one of the codes as well. With s the scale of a block:
+share a scale, and a matrix that is split by rows is coded as its pieces are. With s the scale of a block:
 
     companded   first moment    c = round(127 sign(m) sqrt(|m| / s))      int8     m = s sign(c) (c / 127)^2
                 second moment   c = 255 (v / s)^(1/4), see below          uint8    v = s (c / 255)^4
@@ -24,7 +24,7 @@ from torch import Tensor
 from . import random
 
 ASKED = frozenset({"cpu"})
-"""Devices that are asked what they hold; a GPU would be waited for."""
+"""Devices whose values are read to choose a faster path; reading those of a GPU would wait for it."""
 
 
 class Format(NamedTuple):
@@ -76,7 +76,7 @@ def dequantise(blocks: Blocks, form: Format, *, signed: bool) -> Tensor:
 
 
 def decode(codes: Tensor, form: Format, *, signed: bool) -> Tensor:
-    """Values by unit of their scale."""
+    """Values of codes, in units of the scale of their block."""
     if form.name == "dynamic":
         return dynamic_map(signed, str(codes.device))[codes.int()]
     if signed:
@@ -119,7 +119,7 @@ def quantise_(
 
 
 def encode(unit: Tensor, form: Format, *, signed: bool, noise: Tensor) -> Tensor:
-    """Codes of values by unit of their scale; `noise` (int16 or int32, 16 bits) rounds companded second moments."""
+    """Codes of values in units of their scale; `noise` (int16 or int32, 16 bits) rounds companded second moments."""
     if form.name == "dynamic":
         return _nearest(unit, signed)
     if signed:
@@ -128,7 +128,7 @@ def encode(unit: Tensor, form: Format, *, signed: bool, noise: Tensor) -> Tensor
 
 
 def _round_fourth_root(unit: Tensor, noise: Tensor) -> Tensor:
-    """Round `255 u^(1/4)` up or down at random so that the fourth power keeps its mean; up from 0."""
+    """Round `255 u^(1/4)` up or down at random so that its fourth power is exact in the mean; never down to 0."""
     low = unit.sqrt().sqrt_().mul_(255.0).floor_()  # c
     gap = torch.addcmul(low, low, low).mul_(2.0).add_(1.0).mul_(low.mul(2.0).add_(1.0))  # (c + 1)^4 - c^4
     share = unit.mul(255.0**4).sub_(_fourth_power(low.clone())).div_(gap)  # of the way from c to c + 1
@@ -142,7 +142,7 @@ def _fourth_power(x: Tensor) -> Tensor:
 
 
 def _blocked(form: Format, codes: Tensor, scale: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
-    """View matrices as (rows, blocks, block), and what is left of every row as one shorter block."""
+    """View matrices as (rows, blocks, block), and in a second item what is left of every row as one shorter block."""
     cols, views = codes.shape[1], []
     whole = cols // form.block
     if whole:
@@ -175,8 +175,8 @@ def dynamic_map(signed: bool, device: str = "cpu") -> Tensor:
 def _nearest(unit: Tensor, signed: bool) -> Tensor:
     """Codes of the nearest values of the dynamic map, an order of magnitude faster than a search.
 
-    The upper 16 bits of a value, its cell, tell the code of the least value in the cell, and no cell has more than one
-    border between two codes.
+    The upper 16 bits of an fp32 value are its cell. A table has the code of the least value in every cell; no cell has
+    more than one border between two codes, so one comparison with that border tells whether it is the next code.
     """
     edges, cells = borders(signed, str(unit.device))
     cell = unit.contiguous().view(torch.int32).bitwise_right_shift(16).bitwise_and_(0xFFFF)

@@ -1,7 +1,7 @@
 """bitsandbytes behind the interface of `reference`: its quantiser on a CPU, its fused 8-bit Adam on a GPU.
 
-Never required, and imported by the first call that computes. bitsandbytes knows no rows: its blocks are runs of 256
-entries of a flat tensor. They are those of the dynamic format where a matrix has a multiple of 256 columns, or one row.
+The library is optional, and imported by the first call that computes. Its blocks are runs of 256 entries of a flat
+tensor, whatever its rows. They are those of our dynamic format where a matrix has a multiple of 256 columns or one row.
 
 Its CPU quantiser (0.50) looks codes up in 2^16 cells of [-1, 1], so that an entry within 2^-16 of the border of two
 codes, as a share of its block's scale, may get another than the nearest one. Zero is such an entry: it is decoded as
@@ -45,7 +45,7 @@ def available() -> bool:
 
 
 def coincides(shape: Sequence[int]) -> bool:
-    """Tell whether the blocks of a matrix (rows, cols), of each matrix of a stack or of a vector are bitsandbytes'."""
+    """Tell whether our blocks and bitsandbytes' are the same ones in a tensor of this shape."""
     return not shape or shape[-1] % DYNAMIC.block == 0 or all(size == 1 for size in shape[-2:-1])
 
 

@@ -1,4 +1,4 @@
-"""What code that runs while a CUDA graph is captured must know: nothing may be copied from the host."""
+"""Whether a CUDA graph is being captured, and constants for it: nothing may be copied from the host meanwhile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def capturing() -> bool:
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """While a graph is captured within, constants that are equal are one tensor of it."""
+    """Context of a capture in which `constant` makes equal constants only once."""
     global _kept
     _kept = {}
     try:
@@ -29,7 +29,7 @@ def sharing() -> Iterator[None]:
 
 
 def constant(words: tuple[int, ...], device: torch.device) -> Tensor:
-    """Put 32-bit words on the device by filling; the tensor may be shared."""
+    """Make an int32 tensor of these words on the device by fills, which a graph can hold; it may be shared."""
     if _kept is not None and (device, words) in _kept:
         return _kept[device, words]
     made = torch.zeros(len(words), dtype=torch.int32, device=device)

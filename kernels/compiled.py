@@ -1,8 +1,9 @@
 """Companded moments on a CPU through torch.compile: one pass over the data instead of forty, after a compilation.
 
-What is compiled sees contiguous matrices of one block a row, and numbers that change as tensors: it is compiled in the
-first step (a few seconds for every dtype and rounding that occurs, and again where a matrix has one block or blocks of
-one entry) and never for another size or step. Large matrices are cut into pieces, so that temporaries stay small.
+Compiled functions get contiguous matrices with one block in each row, and numbers that change from step to step as
+tensors. So they are compiled in the first step (a few seconds for every dtype and mode of rounding, and again for
+matrices of a single block or with blocks of one entry), and never again for another size or step. Large matrices are
+cut into pieces, so that temporaries stay small.
 """
 
 from __future__ import annotations
@@ -154,9 +155,9 @@ def _coded(first: Blocks, second: Blocks, rows: slice, cols: slice) -> tuple[Ten
 
 @contextmanager
 def _lines(grad: Tensor, *written: Tensor) -> Iterator[list[Tensor]]:
-    """See a piece with one block a line, (N, block), and its scales as (N, 1); copies are written back at the end.
+    """Context that gives a piece with one block in each row, (N, block), and its scales as (N, 1).
 
-    They are views where the memory allows it.
+    They are views where the memory allows it, else copies that are written back at the end.
     """
     blocks = COMPANDED.scales(grad.shape[1])
     shapes = [(len(grad) * blocks, tensor.shape[1] // blocks) for tensor in (grad, *written)]
@@ -169,7 +170,7 @@ def _lines(grad: Tensor, *written: Tensor) -> Iterator[list[Tensor]]:
 
 
 def _places(seed: random.Seed, rows: slice, cols: slice, first: tuple[int, int] = (0, 0)) -> tuple[Tensor, Tensor]:
-    """Of every line of a piece the key of its row and the number of its first column, int32 (N, 1).
+    """For every block of a piece, the random key of its row and the number of its first column, int32 (N, 1).
 
     `first` is the row and column of the whole weight where the matrix begins.
     """

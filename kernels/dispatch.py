@@ -17,9 +17,9 @@ from . import bnb, moments, project_back, random, reference, statistics
 EVERYWHERE = ("auto", "torch", "triton")
 """Backends that have every operation."""
 ADDITIONS = ("compile", "bitsandbytes")
-"""Backends that are torch but for 8-bit Adam: of "8bit" by torch.compile on a CPU, of "bnb8" by that library."""
+"""Backends for 8-bit Adam alone ("8bit" by torch.compile on a CPU, "bnb8" by bitsandbytes); all else is torch's."""
 BACKENDS = (*EVERYWHERE, *ADDITIONS)
-"""Values of the option `backend`: who computes moments, bases and products where there is a choice."""
+"""Values of the option `backend`, which chooses the implementations of moments, bases and products."""
 
 
 class Implementation(NamedTuple):
@@ -49,13 +49,13 @@ def _compiles(tensor: Tensor) -> bool:
 
 
 def _interprets(tensor: Tensor) -> bool:
-    """Triton's interpreter runs on a CPU: slow, and never chosen by itself."""
+    """Whether Triton's interpreter runs on this tensor: slow, and chosen only by `backend="triton"`, as in tests."""
     fits = not tensor.is_cuda and tensor.dtype != torch.float64
     return fits and os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
 
 
 def _later(module: str, name: str) -> Callable[..., Any]:
-    """A function of a module that is imported when it is first used."""
+    """A function that imports its module when it is first called."""
 
     def run(*args: Any, **options: Any) -> Any:
         return getattr(importlib.import_module(f".{module}", __package__), name)(*args, **options)
@@ -122,7 +122,8 @@ def pick(op: str, tensor: Tensor, backend: str = "auto") -> Callable[..., Any]:
         backend: `"auto"`, or the name of the only backend that is acceptable.
 
     Returns:
-        The first of the operation's implementations that runs; none is compiled or slower than torch unasked.
+        The first of the operation's implementations that runs on the tensor. "auto" chooses none that is slower than
+        torch, and none that torch.compile has to compile.
 
     Raises:
         ValueError: No implementation of `op` by `backend` runs on this tensor.

@@ -1,7 +1,7 @@
 """Counter-based random numbers: a pure function of (seed, row, column).
 
-Any shard, device, dtype, resumed run or process regenerates the same numbers without storing or sending a generator:
-they are made of integer hashes and of tables that are computed once on a CPU, so that no rounding of a device enters.
+Any shard, device, dtype, resumed run or process regenerates the same numbers without storing or sending the state of a
+generator: integer hashes are looked up in tables that are computed once on a CPU, so that devices cannot round apart.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BASES = ("rademacher", "gaussian", "orthonormal")
 
 
 Seed = int | Tensor
-"""32 bits that decide over random ones: a number, or 0-d int64 on the device where they follow from a count there."""
+"""A seed of 32 bits: a number, or a 0-d int64 tensor where it follows from a step count that stays on the device."""
 
 
 @overload
@@ -57,7 +57,8 @@ def bits(seed: int, rows: range, cols: int, device: Device = "cpu") -> Tensor:
 def noise(seed: Seed, rows: range, cols: range, device: Device = "cpu") -> Tensor:
     """Return 16 random bits for some cells, int16 in [-2^15, 2^15), shape (len(rows), len(cols)).
 
-    Half words of `bits`, two columns a word, in 32-bit arithmetic that wraps: it rounds numbers in every step.
+    They are the halves of the words of `bits`, two columns to a word, computed in 32-bit arithmetic that wraps: faster,
+    as rounding needs them in every step.
     """
     keyed = row_keys(seed, rows, device)
     col = torch.arange(cols.start // 2, (cols.stop + 1) // 2, device=device, dtype=torch.int32)[None, :]
@@ -65,19 +66,19 @@ def noise(seed: Seed, rows: range, cols: range, device: Device = "cpu") -> Tenso
 
 
 def row_keys(seed: Seed, rows: range, device: Device = "cpu") -> Tensor:
-    """The part of `noise` that a row has in common, int32 (len(rows), 1)."""
+    """The part of `noise` that all columns of a row share, int32 (len(rows), 1)."""
     row = torch.arange(rows.start, rows.stop, device=device, dtype=torch.int32)[:, None]
     return _finalise32_((row * as_int32(_GOLDEN)).add_(_word(seed)))
 
 
 def half_words(key: Tensor, col: Tensor) -> Tensor:
-    """`noise` for int32 keys of rows and columns, cell by cell as a compiler fuses it, int32."""
+    """`noise` for given row keys and columns, int32: computed cell by cell, as a compiler fuses best."""
     word = _finalise32_(key ^ ((col >> 1) * as_int32(_SPREAD)))
     return ((word >> ((col & 1) << 4)) << 16) >> 16
 
 
 def noise_at(seed: Seed, row: Tensor, col: Tensor) -> Tensor:
-    """The same for single cells, by int64 indices of shapes that broadcast."""
+    """`noise` for single cells, given by int64 rows and columns whose shapes broadcast."""
     keyed = _finalise((row * _GOLDEN + seed) & _MASK)
     word = _finalise((keyed ^ ((col >> 1) * _SPREAD & _MASK)) & _MASK)
     return ((word >> ((col & 1) << 4)) & 0xFFFF).to(torch.int32).to(torch.int16)
@@ -193,7 +194,7 @@ def _range(rows: int | range) -> range:
 
 
 def _blocks(rows: range, out: Tensor, times: int = 1) -> list[tuple[range, Tensor]]:
-    """Cut into blocks of rows: the integers may take several times the room of their result."""
+    """Cut into blocks of rows, which bounds temporary memory: integers take several times that of their result."""
     elements = _BLOCK if out.device.type == "cpu" else _GPU_BLOCK  # a GPU counts launches, a CPU has caches
     size = max(1, times * elements // max(out.shape[1], 1))
     firsts = range(0, len(rows), size)
@@ -201,6 +202,7 @@ def _blocks(rows: range, out: Tensor, times: int = 1) -> list[tuple[range, Tenso
 
 
 def _below(seed: int, size: int, limit: int, device: Device) -> Tensor:
+    """Positions below `size` whose random word is less than `limit`, as `word << 31 | position`, int64."""
     found = []
     lines, last = 256, -(-size // _LINE)
     for first in range(0, last, lines):

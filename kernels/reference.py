@@ -16,7 +16,7 @@ from .random import Seed
 from .rounding import Target
 
 Count = int | Tensor
-"""A step count t, from 1: a number, or 0-d on the device where the host must not read it."""
+"""A step count t, from 1: a number, or a 0-d tensor on the device where the host must not read it."""
 
 NO_CORRECTION = 1 << 30
 """A step count at which beta^t vanishes: Adam without bias correction."""
@@ -53,7 +53,7 @@ def adam(
 
 
 def corrections(t: Count, betas: tuple[float, float]) -> tuple[Any, Any]:
-    """`1 - b_i^t`, numbers or 0-d like the count: in fp64, for of 1 - 0.999^t fp32 knows four digits at t = 1."""
+    """`1 - b_i^t`, numbers or 0-d tensors as the count; in fp64, as fp32 has four digits of 1 - 0.999^t at t = 1."""
     if isinstance(t, Tensor):
         t = t.double()
     return 1 - betas[0] ** t, 1 - betas[1] ** t
@@ -89,7 +89,7 @@ def momentum(grad: Tensor, moment: Tensor, out: Tensor, beta: float) -> None:
 
 
 class Blockwise(NamedTuple):
-    """Moments in 8 bits, and the rule's numbers.
+    """How moments are coded in 8 bits, and the numbers of the rule that updates them.
 
     Args:
         form: How they are coded.
@@ -134,7 +134,7 @@ def lion_blockwise(grads: Sequence[Tensor], moments: Sequence[Blocks], out: Sequ
 
 
 class Scaled(NamedTuple):
-    """A residual `s o G`: rows or columns of the gradient times a factor; a factor of zero silences what is not finite.
+    """A residual `s o G`: rows or columns of the gradient times a factor; a factor of 0 gives 0, for NaN too.
 
     Args:
         grad: G (m, n).
@@ -151,10 +151,10 @@ class Signed(NamedTuple):
     Args:
         grad: G (m, n).
         sound: Whether G is finite, 0-d; it counts as zero if not.
-        scale: c; negative where the gradient is ascended, then left and right are those of G all the same.
+        scale: c; negative with `maximize=True`, where E F^T stays the projection of G itself.
         left: E (m, r).
         right: F (n, r).
-        floor: Rounding errors of a row or a column, (m, 1) or (1, n).
+        floor: What the difference must exceed, a bound of its rounding errors by row or column, (m, 1) or (1, n).
     """
 
     grad: Tensor

@@ -1,9 +1,9 @@
 """How a value in fp32 is written to a bf16 weight, in plain torch: the specification.
 
-    nearest        what bf16 is closest
-    stochastic     one of the two around it, the upper one with the probability that makes the mean exact
-    compensated    the closest, and in a correction of 16 bits what is missing: together they are the fp32 value
-    compensated8   the same with 8 bits: 24 bits of the value, its last 8 rounded stochastically
+    nearest        the closest bf16 number
+    stochastic     one of the two bf16 numbers around it, at random, so that the mean is the value
+    compensated    the closest, and the rest in a correction of 16 bits: together they are the fp32 value exactly
+    compensated8   the same with a correction of 8 bits: 24 bits of the value, its last 8 rounded stochastically
 
 bf16 is the upper half of fp32, so all of this is arithmetic on the 32 bits of the value:
 
@@ -38,7 +38,7 @@ class Target:
         seed: Of stochastic rounding.
         row: Number of its first row in the whole weight.
         col: Number of its first column.
-        cells: Row and column of every entry in the whole weight, where they are a selection; of shapes that broadcast.
+        cells: For a selection of entries, the row and the column of each in the whole weight (shapes that broadcast).
     """
 
     weight: Tensor
@@ -51,12 +51,12 @@ class Target:
 
     @property
     def work(self) -> torch.dtype:
-        """The dtype of the values that it takes: fp32, or fp64 for fp64 weights."""
+        """The dtype of the values that `read` returns and `write` takes: fp32, or fp64 for fp64 weights."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     @property
     def exact(self) -> bool:
-        """Nothing is rounded: updates in place are the same as `write`."""
+        """Whether nothing is rounded, so that updating the weight in place is the same as `write`."""
         return self.weight.dtype == self.work
 
     def part(self, rows: slice, cols: slice = slice(None)) -> Target:
@@ -67,7 +67,7 @@ class Target:
 
     @property
     def draws(self) -> bool:
-        """Its rounding needs random bits."""
+        """Whether its rounding needs random bits."""
         return self.mode in ("stochastic", "compensated8")
 
     def select(self, index: Tensor, dim: int) -> Target:
@@ -77,7 +77,7 @@ class Target:
         return self._copy(lambda tensor: choice.select(tensor, index, dim), cells)
 
     def put(self, selection: Target, index: Tensor, dim: int) -> None:
-        """Write rows or columns of `select` back."""
+        """Write back rows or columns that `select` has copied."""
         choice.put_(self.weight, index, dim, selection.weight)
         if self.correction is not None and selection.correction is not None:
             choice.put_(self.correction, index, dim, selection.correction)
@@ -89,7 +89,7 @@ class Target:
         return self._copy(lambda tensor: tensor.take(index)[None], cells)
 
     def put_at(self, selection: Target, index: Tensor) -> None:
-        """Write entries of `take` back."""
+        """Write back entries that `take` has copied."""
         choice.put_at_(self.weight, index, selection.weight[0])
         if self.correction is not None and selection.correction is not None:
             choice.put_at_(self.correction, index, selection.correction[0])
@@ -169,7 +169,7 @@ def join(weight: Tensor, correction: Tensor) -> Tensor:
 
 
 def converted(correction: Tensor, dtype: torch.dtype) -> Tensor:
-    """A correction of 16 bits in 8, the nearest, or one of 8 in 16, exactly."""
+    """Convert a correction of 16 bits to the nearest of 8 bits, or one of 8 bits to 16, exactly."""
     if correction.dtype == dtype:
         return correction
     wide = correction.int()
@@ -179,5 +179,5 @@ def converted(correction: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _bits(value: Tensor) -> Tensor:
-    """The 32 bits of fp32, NaN as the one whose upper half is NaN and whose lower half is zero."""
+    """The 32 bits of fp32 values; every NaN becomes the one whose upper half alone, as bf16, is NaN too."""
     return torch.where(value.isnan(), torch.nan, value).contiguous().view(torch.int32)

@@ -1,4 +1,4 @@
-"""What the forward and backward pass of a model allocate: its own code, run on tensors without data."""
+"""What the forward and backward pass of a model allocate: its own code, run on meta tensors, which have no data."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _switch(model: nn.Module, *, on: bool) -> None:
 
 
 class _Layers(Watch):  # type: ignore[no-untyped-call]
-    """Tell apart what types of layers allocate, and gradients from the rest."""
+    """A `Watch` that counts by the type of layer that allocates, and counts gradients apart."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class _Layers(Watch):  # type: ignore[no-untyped-call]
                 module.register_forward_hook(self._leave, always_call=True)
 
     def listen(self) -> None:
-        """Expect gradients: each is freed when it is complete, and counted as if it were not beside that."""
+        """Expect gradients: each is freed as soon as it is complete; `peak_kept` counts as if all of them were kept."""
         for index, param in enumerate(self._model.parameters()):
             if param.requires_grad:
                 param.register_post_accumulate_grad_hook(self._completing(index))  # type: ignore[no-untyped-call]
@@ -194,7 +194,7 @@ def layer_type(name: str, module: nn.Module) -> str | None:
 
 
 def _attention(device: str) -> AbstractContextManager[None]:
-    """Attention by a kernel in tiles, as devices have it, where torch would take products for tensors without data.
+    """Let attention on meta tensors run as the tiled kernels of devices; torch would form all scores.
 
     Kernels for CPUs and GPUs keep alike: the output, and one fp32 number for every row of the scores.
     """

@@ -1,4 +1,4 @@
-"""What a step of an optimizer allocates: its own code, run on tensors without data."""
+"""What a step of an optimizer allocates: its own code, run on meta tensors, which have no data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Step:
 
 
 def without_data(optimizer: Optimizer, device: str) -> Optimizer:
-    """A copy of an optimizer whose parameters have no data, in the form that a device runs, and which has no state."""
+    """Copy an optimizer: meta parameters, no state, and the forms (`fused`, `backend`) that the device would run."""
     memo: dict[int, Any] = {id(optimizer.state): defaultdict(dict)}
     for group in optimizer.param_groups:
         for param in group["params"]:
@@ -80,7 +80,7 @@ def alone(shadow: Optimizer) -> dict[Kind, Step]:
 
 
 def _batches(shadow: Optimizer) -> list[list[Tensor]]:
-    """Parameters that are stepped together; of buckets that are alike the largest."""
+    """Parameters that are stepped together, bucket by bucket; of buckets of one view and dtype the largest."""
     if not isinstance(shadow, Lifecycle):
         return [[param for group in shadow.param_groups for param in group["params"]]]
     found: dict[tuple[Any, ...], list[Tensor]] = {}
@@ -142,7 +142,7 @@ def _buffers(shadow: Optimizer, params: list[Tensor]) -> int:
 
 
 def largest(steps: Iterable[Step]) -> Step:
-    """The most of each."""
+    """The largest of every field."""
     every = list(steps)
     refreshes = [step.refresh for step in every if step.refresh is not None]
     return Step(

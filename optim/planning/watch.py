@@ -1,4 +1,4 @@
-"""Counting of what runs on tensors without data: bytes alive, and the most of them at a time."""
+"""Running code on meta tensors, which have no data, and counting the bytes that it would have alive at a time."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CHECK = "_device_dtype_check_for_fused"
 Self = TypeVar("Self", bound="Watch")
 
 _MADE: dict[Any, Any] = {}
-"""What operations return for arguments of certain shapes: Python decides that anew in every call, which takes long."""
+"""What operations return, by the shapes of their arguments; torch would find it in Python, slowly, in every call."""
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Count the bytes of tensors without data that are made inside and alive, and the most of them at a time.
+    """Count the bytes of the meta tensors that are made inside and alive, and the most of them at a time.
 
-    Questions that only data could answer are answered: a number is 1, every condition holds and chooses every entry.
+    Where code asks for values it gets invented ones: a number is 1, a condition True, `nonzero` finds every entry.
     """
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _key(value: Any, given: list[Tensor]) -> Any:
-    """What decides the form of a result, and the tensors that are `given`."""
+    """A hashable description of arguments, which decides the form of a result; appends their tensors to `given`."""
     if isinstance(value, Tensor):
         given.append(value)
         return value.shape, value.stride(), value.dtype, value.is_meta
@@ -104,7 +104,7 @@ def _key(value: Any, given: list[Tensor]) -> Any:
 
 
 def _run(func: Any, args: tuple[Any, ...], how: Mapping[str, Any], given: list[Tensor], key: Any) -> Any:
-    """Run an operation, or return what it is known to return."""
+    """Run an operation, or make what it is known to return for such arguments."""
     try:
         known = _MADE.get(key)
     except TypeError:  # an argument that cannot be compared
@@ -120,7 +120,7 @@ def _run(func: Any, args: tuple[Any, ...], how: Mapping[str, Any], given: list[T
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """New tensors, or one, by shape, stride and dtype."""
+    """What an operation returns: new tensors, or one, of these shapes, strides and dtypes."""
 
     parts: tuple[tuple[Any, Any, torch.dtype], ...]
     several: bool
@@ -159,7 +159,7 @@ ASKING = (NUMBER, ENTRIES, COPY)
 
 
 def _answer(func: Any, asked: Tensor, how: Mapping[str, Any]) -> Any:
-    """What is asked of data: one number, the entries that are not zero, or a copy on the host."""
+    """Invent what is asked of data: one number, the entries that are not zero, or a copy on the host."""
     if func is NUMBER:
         return 1.0 if asked.is_floating_point() else True if asked.dtype == torch.bool else 1
     if func is ENTRIES:
@@ -171,7 +171,7 @@ def _answer(func: Any, asked: Tensor, how: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def pieces_of(device: str) -> Iterator[None]:
-    """Let tensors without data be worked on in pieces of the size that a device gets, by the forms that it has."""
+    """Let code treat meta tensors as those of a device: cut into pieces of the same size, stepped by the same forms."""
     where: list[tuple[Any, str, Any]] = [(moments, "_FUSED_DEVICES", moments._FUSED_DEVICES | {META.type})]
     # torch's own optimizers ask whether the device has a fused form; what it allocates is nothing.
     where += [(module, CHECK, _accept) for module in (adam, sgd, adagrad) if hasattr(module, CHECK)]
@@ -187,7 +187,7 @@ def _accept(*_: Any, **__: Any) -> None:
 
 
 def _no_numbers() -> AbstractContextManager[None]:
-    """Random numbers without data are made at once: block by block, as others are, counting would take minutes."""
+    """Make random meta tensors at once: counting them block by block, as they are made with data, takes minutes."""
     names = ("normal", "signs")
     return replaced([(random, name, partial(_numbers, getattr(random, name))) for name in names])
 
