@@ -97,7 +97,7 @@ def _adamw(
     rates: Tensor,
     mode: str,
 ) -> None:
-    """The same, and the weight moves: `weights` is the weight, and its correction where there is one.
+    """`_adam`, after which the weight moves: `weights` is the weight, and its correction where there is one.
 
     `rates` are the factors of the direction and of the weight, in the dtype of the weight's values.
     """
@@ -161,7 +161,7 @@ def _lines(grad: Tensor, *written: Tensor) -> Iterator[list[Tensor]]:
     """
     blocks = COMPANDED.scales(grad.shape[1])
     shapes = [(len(grad) * blocks, tensor.shape[1] // blocks) for tensor in (grad, *written)]
-    # Strides, and the shape of what a view is a part of (which `data` forgets), would each ask for a compilation.
+    # Other strides, or views of a tensor of another shape (which `data` forgets), would each cause a compilation.
     lines = [t.reshape(shape).contiguous().data for t, shape in zip((grad, *written), shapes, strict=True)]
     yield lines
     for whole, changed in zip(written, lines[1:], strict=True):

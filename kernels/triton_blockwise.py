@@ -158,7 +158,7 @@ def quantise_(
 
 
 def cut(matrix: Tensor, form: Format) -> dict[str, int]:
-    """What a program takes: entries of a block, their next power of two where rows are shorter, and blocks."""
+    """Sizes of a program: BLOCK entries share a scale, WIDTH (a power of two) holds those of a row, LINES blocks."""
     width = triton.next_power_of_2(min(form.block, matrix.shape[1]))
     return {"BLOCK": form.block, "WIDTH": width, "LINES": max(1, (ON_GPU if matrix.is_cuda else ON_CPU) // width)}
 

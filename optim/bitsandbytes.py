@@ -119,7 +119,7 @@ def _theirs(ours: Mapping[str, Tensor], param: Tensor, tables: dict[tuple[bool, 
             source = Blocks(ours[name].reshape(rows_and_columns(param.shape)), ours[f"{name}_scale"])
         found = _moved(source, (1, param.numel()) if param.numel() >= SMALL else None, signed)
         if isinstance(found, Blocks):
-            # Tables of their own, for bitsandbytes may write to them; one for all parameters, as there.
+            # A copy of our table, since bitsandbytes may write to it; one for all parameters, as bitsandbytes has it.
             place = signed, found.codes.device
             theirs[f"qmap{digit}"] = tables.setdefault(place, dynamic_map(signed, str(place[1])).clone())
             theirs[f"absmax{digit}"], found = found.scale.view(-1), found.codes

@@ -235,7 +235,7 @@ def _plain(b: Bucket, o: Options) -> None:
         if o.beta1 is not None:
             codec.store(held, "exp_avg", update, o.state_dtype)
         move_whitened(b, index, update, size, o)
-        del update  # before the next is made
+        del update  # so that only one exists at a time
 
 
 def _average(white: Recipe, held: State, o: Options) -> Tensor:

@@ -178,7 +178,7 @@ class GraphedStep:
     def _capture(self) -> None:
         self._refuse_hooks()
         optimizer = self.optimizer
-        self._replay = None  # before its successor takes memory
+        self._replay = None  # frees the memory of the old graph before the new one takes some
         replay = self._graphs.capture(optimizer.step)  # the host counts this step; the device runs it in the launch
         self._replay, self._settled = replay, True
         self._grads, self._state = _grads(optimizer), _state(optimizer)

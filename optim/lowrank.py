@@ -65,7 +65,7 @@ class LowRank(SubspaceOptimizer):
     """
 
     shards = True
-    linear_between_refreshes = True  # where there is no residual
+    linear_between_refreshes = True  # groups with a residual are refused where it matters
 
     def __init__(
         self,

@@ -235,7 +235,7 @@ def needs(optimizer: Optimizer, device: str = "cuda") -> Needs:
     if isinstance(optimizer, Lifecycle) and optimizer.needs_all_gradients() is None:
         groups = enumerate(optimizer.param_groups)
         params = [(index, param) for index, group in groups for param in group["params"]]
-        # Release notes the norm of a gradient before the step, of a wider copy on a CPU.
+        # Gradient release takes the norm of a gradient before its step, on a CPU that of a copy in fp32.
         norms = {id(p): 4 * p.numel() if device == "cpu" and p.itemsize < 4 else 0 for _, p in params}
         steps = {id(p): max(single[kind_of(index, p)].largest, norms[id(p)]) for index, p in params}
     return Needs(found, steps)

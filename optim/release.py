@@ -73,7 +73,7 @@ class GradientRelease:
         self._hooks.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """What of a step has come so far, to be saved beside the optimizer; empty but for a norm between two steps."""
+        """Gradients that have come since the last step, to be saved beside the optimizer; between steps only a norm."""
         return self._cycle.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ def patch() -> Callable[[], None]:
         Trainer.get_optimizer_cls_and_kwargs, Trainer.create_optimizer = choose, create
         forget()
 
-    def forget() -> None:  # whether a package is installed is asked once and remembered
+    def forget() -> None:  # transformers asks once whether a package is installed and remembers the answer
         for package in ("galore", "apollo"):
             asked = getattr(utils, f"is_{package}_torch_available", None)
             getattr(asked, "cache_clear", lambda: None)()

@@ -74,7 +74,7 @@ class OwnBasis:
         b = self._bucket(param, grad)
         low = torch.empty(b.view.low_shape, dtype=b.dtype, device=b.grads[0].device)
         with whole_bases(b):
-            b.basis.project(b.matrix(0), b.states[0], b.gemm_dtype, low, b.mine)  # summed over pieces with the step
+            b.basis.project(b.matrix(0), b.states[0], b.gemm_dtype, low, b.mine)  # of this piece; the step reduces it
         return low
 
     def norm(self, param: Tensor, low: Tensor) -> Tensor:

@@ -171,7 +171,8 @@ class Dense(Basis):
         return [Turn(*turns) for turns in zip(right, left, strict=True)]
 
     def _overlaps(self, held: Sequence[State], new: Sequence[Tensor | None], name: str) -> list[Tensor]:
-        wide = [None if found is None else found.to(codec.work_dtype(found.dtype)) for found in new]  # as moments are
+        # In the dtype of the moments, which the overlaps multiply.
+        wide = [None if found is None else found.to(codec.work_dtype(found.dtype)) for found in new]
         pairs = zip(held, wide, strict=True)
         return [found.T @ self.read(state, found.dtype, name) for state, found in pairs if found is not None]
 

@@ -145,7 +145,7 @@ def advance(group: dict[str, Any], states: MutableMapping[Any, Any]) -> None:
         for param in group["params"]:
             if id(param) in stale:
                 correction = states.pop(param, {}).get(CORRECTION)
-                if correction is not None:  # it belongs to the weight
+                if correction is not None:  # the low bits of the weight, which stays
                     states[param] = {CORRECTION: correction}
         group[WAIT] = group["update_proj_gap"]
     group[WAIT] -= 1

@@ -21,7 +21,7 @@ STRUCTURAL = ("rank", "density", "proj_type", "rule", "state_dtype", "basis_dtyp
 """Options that decide which state a parameter has: they cannot differ between a checkpoint and its reader."""
 
 CONVERTIBLE = ("rank", "density", "state_dtype", "basis_dtype", "rounding")
-"""Those of them, and the mode of rounding, between which `convert_state` converts."""
+"""Options, structural ones and the mode of rounding, between whose values `convert_state` converts."""
 
 CONVERT = ", or load convert_state(state_dict, optimizer)"
 

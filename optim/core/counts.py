@@ -34,7 +34,7 @@ def advance(states: Sequence[dict[str, Tensor]], hyper: Hyper, name: str = "step
 
 
 def tally(states: Sequence[dict[str, Tensor]], name: str = "step") -> list[int]:
-    """The same of counts on the host, which are read."""
+    """`advance` for counts on the host, which it returns as numbers."""
     counts = [held[name] for held in states]
     torch._foreach_add_(counts, 1)
     return [int(count) for count in counts]

@@ -112,7 +112,7 @@ def _by_head(request: Request, rows: range, heads: int, how: str) -> Tensor:
         of_rows = torch.linalg.vector_norm(block, dim=1, dtype=torch.float64).square()
     elif block.numel():
         of_rows = torch.maximum(block.amax(1), -block.amin(1))
-    else:  # which has no largest entry
+    else:  # an empty block has no largest entry
         of_rows = block.new_zeros(len(block))
     head = torch.arange(low, low + len(block), device=block.device).sub_(rows.start) // (len(rows) // heads)
     found: Tensor = of_rows.new_zeros(heads).scatter_reduce_(0, head, of_rows, how)

@@ -110,7 +110,7 @@ def _products(
     """Z (b, r), S and B (r, r) of some matrices, for A of unit norm: two collectives for all, where there are any."""
     adjoint, captured = [], []
     for index in batch:
-        image = (-low[index] if b.hyper.maximize else low[index]) / norms[index]  # Y, whatever sign the weights follow
+        image = (-low[index] if b.hyper.maximize else low[index]) / norms[index]  # Y = A P; `project` negated R
         adjoint.append(linalg.product(b.matrix(index).T, image) / norms[index])
         captured.append(image.T @ image)
     rows = reduced(b.layout.sum_rows, [*adjoint, *captured])

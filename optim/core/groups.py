@@ -1,4 +1,4 @@
-"""What all optimizers know of their parameters: groups and their options, views, descriptions of state, loading."""
+"""Parameter groups of all optimizers: options, the views and descriptions of state that follow, changes, loading."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Groups(Optimizer):
     """Processes that hold the same parameters, as under DistributedDataParallel, and share the search for bases."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        # A bare tensor is torch's error to raise, not a list of its rows.
+        # Not list() of a bare tensor, which would be its rows: torch raises the error.
         groups: Any = params if isinstance(params, Tensor) else list(params)
         named = any(isinstance(group, dict) and ("rank" in group or "density" in group) for group in groups)
         self._transient()

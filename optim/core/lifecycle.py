@@ -153,7 +153,7 @@ class Lifecycle(Groups):
             yield from plan.alone()
 
     def _mark(self, param: Tensor, plan: Plan) -> tuple[Any, ...]:
-        """What the cached plan of one parameter depends on: looking at all groups for each would be quadratic."""
+        """All that the cached plan of one parameter depends on; comparing all groups for each would be quadratic."""
         if plan.group >= len(self.param_groups):
             return ()
         group = self.param_groups[plan.group]
@@ -185,7 +185,7 @@ class Lifecycle(Groups):
             if grad is None:
                 if skips or not param.requires_grad:
                     continue
-                grad = torch.zeros_like(param)  # collectives must be those of the other ranks
+                grad = torch.zeros_like(param)  # other ranks may have one, and all must take part in collectives
             if grad.is_sparse:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients")
             held = self.state[param]

@@ -37,7 +37,8 @@ def orthonormal(columns: Tensor, layout: Layout = ALONE, first: int = 0) -> Tens
     if columns.device.type != "cpu" or layout.cols:
         return cholesky_qr(columns, layout, first)
     factor, upper = torch.linalg.qr(columns)
-    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(factor.dtype)  # those of Cholesky factors
+    # Signs as of Cholesky factors, whose diagonal is positive: all devices find the same columns.
+    signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(factor.dtype)
     found: Tensor = (factor * signs[..., None, :]).contiguous()
     return found
 
@@ -129,7 +130,7 @@ def range_finder(
 
 
 def unfinished(energies: Tensor, images: Sequence[Tensor], layout: Layout) -> list[int]:
-    """Those matrices whose image `A Q / scale` does not hold `ENOUGH` of their energy (k,) yet."""
+    """Indices of the matrices whose image `A Q / scale` does not hold `ENOUGH` of their energy (k,) yet."""
     held = _energies(layout.sum_rows, images, [energies.new_ones(())] * len(images))
     enough = (energies > 0) & (held >= ENOUGH * energies)
     return [index for index, ends in enumerate(enough.cpu().tolist()) if not ends]
@@ -174,7 +175,7 @@ def eigenvectors(gram: Tensor) -> Tensor:
     vectors: Tensor
     try:
         vectors = torch.linalg.eigh(gram)[1].flip(-1)
-    except RuntimeError:  # the base of torch.linalg.LinAlgError
+    except RuntimeError:  # such as torch.linalg.LinAlgError: no convergence
         vectors = torch.linalg.svd(gram.double())[0].to(gram.dtype)
     return vectors
 

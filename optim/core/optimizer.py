@@ -1,4 +1,4 @@
-"""The constructor and the defaults that all subspace methods share."""
+"""`SubspaceOptimizer`: the constructor and the defaults that all subspace methods share."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class SubspaceOptimizer(Lifecycle):
             self.update(b)
 
     def summary(self) -> Summary:
-        """As in every optimizer of the package.
+        """Tell what was matched; see `Groups.summary`.
 
         Raises:
             RuntimeError: Ranks are not chosen yet.

@@ -1,4 +1,4 @@
-"""What an inner rule is: states that it names, how they follow a change of basis, and a direction.
+"""The interface of inner rules: the states that a rule keeps, how they follow a change of basis, and its direction.
 
 The direction `N` is such that the weight moves by `-lr N`, or by `-N` where the rule is `absolute`: it has the learning
 rate in it already.

@@ -115,7 +115,7 @@ class Adafactor(Rule):
         return shapes
 
     def direction(self, work: Work, hyper: Hyper) -> None:
-        """In place of `out`, without a host synchronisation; of pieces, statistics and sizes are those of the whole."""
+        """Without a host synchronisation; statistics and sizes of sharded tensors are those of the whole."""
         if not work.grads:
             return
         counts = list(map(int, work.counts))

@@ -91,7 +91,7 @@ class Segments(Basis):
     def changes(self, held: Sequence[State], new: Sequence[Bases], layout: Layout = ALONE) -> list[Change]:
         """Overlaps of old and new directions, range by range."""
         sizes = self.sizes
-        if layout.dealt:  # moments have other rows than the piece
+        if layout.dealt:  # this rank's moments are of other rows than its piece of the weight
             mine = share(sum(sizes), layout.cols[0])
             sizes = tuple(_within(sizes, range(mine.start, mine.stop)))
         return [Split(_turns(state["basis"], bases.basis), sizes) for state, bases in zip(held, new, strict=True)]

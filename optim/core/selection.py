@@ -1,4 +1,4 @@
-"""What part of a weight FRUGAL makes state-full: sizes, views, and the checks of the options that say so."""
+"""Which share of a weight is state-full in FRUGAL: sizes, views, and checks of the options that decide it."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def blend_(update: Tensor, past: Tensor, old: Tensor, beta1: float) -> None:
     """`U <- (1 - b1) U + b1 C P^T`, the product in the dtype of its factors."""
     if past.dtype == update.dtype:
         update.addmm_(past, old.T, beta=1 - beta1, alpha=beta1)
-    elif update.stride(0) < update.stride(1):  # rows of the transpose lie in memory
+    elif update.stride(0) < update.stride(1):  # the transpose is in row-major order
         blend_(update.T, old, past, beta1)
     else:
         for rows in row_blocks(update):

@@ -209,7 +209,7 @@ def _attention(device: str) -> AbstractContextManager[None]:
         is_causal: bool = False,
         **how: Any,
     ) -> Tensor:
-        if dropout_p and device == "cpu":  # has no kernel with dropout
+        if dropout_p and device == "cpu":  # CPUs have no tiled kernel with dropout
             return products(query, key, value, attn_mask, dropout_p, is_causal, **how)
         mask = attn_mask if attn_mask is None or attn_mask.is_floating_point() else attn_mask.to(query.dtype)
         tiled = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

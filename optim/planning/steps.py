@@ -63,7 +63,7 @@ def without_data(optimizer: Optimizer, device: str) -> Optimizer:
 
 
 def kind_of(group: int, param: Tensor) -> Kind:
-    """What parameters have in common that are stepped alike."""
+    """A key that is equal for parameters which are stepped alike."""
     return group, param.shape, param.dtype, param.stride()
 
 

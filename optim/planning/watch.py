@@ -136,7 +136,7 @@ WRITTEN, OTHER = "its first argument", "anything else, such as a view"
 
 def _form(func: Any, args: tuple[Any, ...], given: list[Tensor], made: Any) -> Form | str:
     if any(tensor.ndim and not tensor.is_meta for tensor in given):
-        return OTHER  # data may decide
+        return OTHER  # the result may depend on values
     if func._schema.name.endswith("_") and args and made is args[0] and made.is_meta:
         return WRITTEN
     storages = {tensor.untyped_storage()._cdata for tensor in given}
