@@ -76,7 +76,9 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: Lifecycle) -> StateD
     return {"state": state, "param_groups": groups}
 
 
-def _converted(optimizer: Lifecycle, param: Tensor, groups: tuple[Group, Group], position: int, saved: Any) -> Any:
+def _converted(
+    optimizer: Lifecycle, param: Tensor, groups: tuple[Group, Group], position: int, saved: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """The state of a parameter; of a stack, that of every matrix."""
     if not groups[1].get(stack.OPTION):
         return Conversion(optimizer, param, groups, position).of(saved)

@@ -186,10 +186,10 @@ def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a DTensor, gathered; anything else as it is."""
+    """All of a DTensor, gathered; a plain tensor itself."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
-def local(tensor: Any) -> Any:
-    """The local piece of a DTensor, sharing its memory; anything else as it is."""
+def local(tensor: Tensor) -> Tensor:
+    """The local piece of a DTensor, sharing its memory; a plain tensor itself."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
