@@ -119,7 +119,7 @@ class Apollo(SubspaceOptimizer):
         refresh(b)  # P_t, every T steps                                       (b, r)
         low = project(b)  # R_t = A_t P_t                                      (k, a, r)
         step = inner(b, low)  # N_t = rule(R_t)                                (k, a, r)
-        phi = residual.factors(b, step, low, how)  # phi / L, phi_i = |N_i| / |R_i|   (k, a)
+        phi = residual.factors(b, step, low, how)  # phi_t / L                 (k, a)
         project_back_(b, None, rows=phi)  # W <- (1 - lr wd) W - lr sqrt(scale) phi o A
         follow(b, low)  # P_{t+1}, by projectors that move after the step
 

@@ -79,7 +79,7 @@ class Fira(SubspaceOptimizer):
         refresh(b)  # P_t, every T steps                                       (b, r)
         low = project(b)  # R_t = A_t P_t                                      (k, a, r)
         step = inner(b, low)  # N_t = rule(R_t)                                (k, a, r)
-        phi = residual.factors(b, step, low, how)  # phi / L, phi_i = |N_i| / |R_i|   (k, a)
+        phi = residual.factors(b, step, low, how)  # phi_t / L                 (k, a)
         step.addcmul_(phi[..., None], low, value=-1.0)  # N - phi o R
         project_back_(b, step, rows=phi / leak)  # + phi o A
         follow(b, low)  # P_{t+1}, by projectors that move after the step

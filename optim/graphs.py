@@ -43,8 +43,9 @@ class GraphedStep:
     step; the seeds of random rounding, which follow from step counts, take some thirty small operations a matrix in it.
 
     Python numbers are constants of a graph. A learning rate that changes must be a tensor on the parameters' device,
-    which schedulers fill. Where any other option, the set of gradients or a parameter changes, or a state dict is
-    loaded, the step is captured anew after a warm-up. Hooks of `step` cannot run in a graph and are refused.
+    which schedulers fill. Where a Python number, another option, the set of gradients or a parameter changes, or a
+    state dict is loaded, the step is captured anew after a warm-up. Hooks of `step` cannot run in a graph and are
+    refused.
 
     Args:
         optimizer: An optimizer with `capturable=True`.
