@@ -13,7 +13,7 @@ from ..kernels import EVERYWHERE
 from ..kernels.rounding import ROUNDINGS, Target
 from ..kernels.tiles import tiles
 from .core import codec
-from .core.adafactor import Options, Size, check_update, rate_options, sizes, specs, whiten
+from .core.adafactor import Options, StepSize, check_update, rate_options, specs, step_sizes, whiten
 from .core.apply import move_
 from .core.bucket import Bucket
 from .core.codec import State
@@ -204,11 +204,11 @@ def _step(b: Bucket, o: Options) -> None:
     white = whiten(b.grads, b.states, counts, o, eps1, b.layout)  # U_t = G / sqrt(V_t)
     if o.beta1 is not None or not isinstance(white[0], Whitened) or white[0].grad.ndim != 2:
         white = [Recipe(make, keep=b.layout.alone) for make in white]
-    for index, size in enumerate(sizes(b, counts, white, o)):  # alpha_t, max(1, rms(U_t) / d)
+    for index, size in enumerate(step_sizes(b, counts, white, o)):  # alpha_t, max(1, rms(U_t) / d)
         _move(b, index, white[index], size, o)
 
 
-def _move(b: Bucket, index: int, white: Make, size: Size, o: Options) -> None:
+def _move(b: Bucket, index: int, white: Make, size: StepSize, o: Options) -> None:
     """`X_t = decay X_{t-1} - alpha_t U_t / max(1, rms(U_t) / d)`, with momentum an average of such updates."""
     (alpha, clip), held = size, b.states[index]
     rate = {"lr": o.lr, "alpha": alpha, "one": 1.0}[o.decay_by]
@@ -228,7 +228,7 @@ def _move_in_tiles(target: Target, white: Whitened, factor: float | Tensor, deca
         move_(target.part(rows, cols), white.part(rows, cols).mul_(factor), decay)
 
 
-def _update(update: Tensor, size: Size, held: State, o: Options) -> Tensor:
+def _update(update: Tensor, size: StepSize, held: State, o: Options) -> Tensor:
     """alpha_t times the clipped U_t, or the average of such updates; overwrites U_t."""
     alpha, clip = size
     if clip is not None:

@@ -218,7 +218,7 @@ def _compressed(b: Bucket, o: Options) -> None:
     turns = reduced(layout.sum_cols, [old[index]().T @ new[index]() for index in moved])
     for index, turn in zip(moved, turns, strict=True):
         moments[index] = moments[index] @ turn  # C_{t-1} P_{t-1}^T P_t                                (a, r)
-    for index, (held, size) in enumerate(zip(b.states, adafactor.sizes(b, counts, updates, o), strict=True)):
+    for index, (held, size) in enumerate(zip(b.states, adafactor.step_sizes(b, counts, updates, o), strict=True)):
         move_whitened(b, index, updates[index](), size, o)  # W <- (1 - alpha wd) W - alpha clip(Ubar)
         codec.store(held, "exp_avg", torch.lerp(moments[index], low[index], 1 - beta1), o.state_dtype)  # C_t
 
@@ -230,7 +230,7 @@ def _plain(b: Bucket, o: Options) -> None:
     if o.beta1 is not None:
         averages = (partial(_average, make, held, o) for make, held in zip(updates, b.states, strict=True))
         updates = [Recipe(make, keep=b.layout.alone) for make in averages]
-    for index, (held, size) in enumerate(zip(b.states, adafactor.sizes(b, counts, updates, o), strict=True)):
+    for index, (held, size) in enumerate(zip(b.states, adafactor.step_sizes(b, counts, updates, o), strict=True)):
         update = updates[index]()
         if o.beta1 is not None:
             codec.store(held, "exp_avg", update, o.state_dtype)

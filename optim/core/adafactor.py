@@ -20,7 +20,7 @@ from .validate import check_adam, check_factored
 if TYPE_CHECKING:
     from .bucket import Bucket
 
-Size = tuple[float | Tensor, Tensor | None]
+StepSize = tuple[float | Tensor, Tensor | None]
 """What scales an update U: alpha_t, and `max(1, rms(U) / d)` by which U is divided, None without clipping."""
 
 
@@ -87,7 +87,7 @@ def check_update(group: dict[str, Any]) -> None:
     check_factored(group)
 
 
-def sizes(b: Bucket, counts: Sequence[int], updates: Sequence[Make], o: Options) -> list[Size]:
+def step_sizes(b: Bucket, counts: Sequence[int], updates: Sequence[Make], o: Options) -> list[StepSize]:
     """`alpha_t` and the clipping of updates of parameters of one shape; tensors where they follow from the weights."""
     alphas = factored.learning_rates(o, counts, b.params, o.eps[1], b.dtype, b.layout)
     clips = factored.clip_factors(updates, o.clip_threshold, b.layout)

@@ -67,7 +67,7 @@ def blend_(update: Tensor, past: Tensor, old: Tensor, beta1: float) -> None:
             update[rows].lerp_((past[rows] @ old.T).to(update.dtype), beta1)
 
 
-def move_whitened(b: Bucket, index: int, update: Tensor, size: adafactor.Size, o: adafactor.Options) -> None:
+def move_whitened(b: Bucket, index: int, update: Tensor, size: adafactor.StepSize, o: adafactor.Options) -> None:
     """Clip Ubar in place, `W <- (1 - alpha wd) W - alpha Ubar`, tile by tile."""
     alpha, clip = size
     decay = 1 - o.weight_decay * alpha if o.weight_decay else 1.0
