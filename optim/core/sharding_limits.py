@@ -54,14 +54,10 @@ def _cut(param: Tensor, group: Mapping[str, Any], layout: Layout) -> str | None:
 
 
 def _projected(group: Mapping[str, Any], view: MatrixView, plan: Plan) -> str | None:
-    projector = PROJECTORS.get(group.get("projector", "sketch"))
-    if view.rank in (0, view.b):  # stepped entry by entry, not projected
+    if view.rank in (0, view.b):  # stepped entry by entry, not projected: all that projector="blocks" has
         return None
-    if projector is None:
-        return f"projector={group.get('projector')!r} needs whole matrices: choose 'sketch', or 'columns'"
-    if projector.side == "flat":
-        return _single(group, view, plan)
-    return None
+    flat = PROJECTORS[group.get("projector", "sketch")].side == "flat"
+    return _single(group, view, plan) if flat else None
 
 
 def _single(group: Mapping[str, Any], view: MatrixView, plan: Plan) -> str | None:
