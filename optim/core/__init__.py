@@ -45,6 +45,7 @@ goes through the modules in this order:
 - `codec`: how moments are stored, floating or in 8 bits.
 - `reconcile`: options that change after the first step. `checkpoint`: loading. `conversion`: other ranks and bits.
 - `state_creation`: the step by which checkpointing tools create state to load into.
+- `magnitude`: the largest entry of a gradient over all of its pieces, by which ranks decide alike.
 
 **Sharded parameters and replicas**
 

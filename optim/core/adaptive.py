@@ -10,12 +10,14 @@ is solved by taking directions in the order of `e_i(j) / c_i`, since shares fall
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .magnitude import magnitude
 from .sharding import whole
 from .view import matrix_shape
 
@@ -56,7 +58,7 @@ def choose_ranks(group: dict[str, Any], cost: Cost) -> list[int]:
     for place, param in enumerate(group["params"]):
         one, two = (cost(param, rank, group) for rank in (1, 2))
         if one is not None:
-            grad = torch.zeros(param.shape, device="cpu") if param.grad is None else whole(param.grad)
+            grad = whole(torch.zeros_like(param) if param.grad is None else param.grad)
             shares = spectrum(grad.reshape(matrix_shape(param.shape)))
             candidates.append(Candidate(shares, one if two is None else two - one, one))
             places.append(place)
@@ -67,9 +69,8 @@ def choose_ranks(group: dict[str, Any], cost: Cost) -> list[int]:
 
 
 def tells(param: Tensor) -> bool:
-    """Whether a parameter has a gradient whose spectrum means something: of a matrix, finite and not zero."""
-    grad = param.grad
-    return param.ndim >= 2 and grad is not None and bool(grad.isfinite().all() and grad.any())
+    """Whether the gradient of a parameter says anything of its rank; of a sharded one all ranks hear the same."""
+    return param.ndim >= 2 and 0.0 < magnitude(param) < math.inf
 
 
 def rank_in(group: dict[str, Any], param: Tensor) -> int:

@@ -18,10 +18,10 @@ import re
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...kernels import random
+from . import state_creation
 from .target import CORRECTION
 
 ORDERS = ("random", "iid", "ascending", "descending", "mirror")
@@ -153,6 +153,4 @@ def advance(group: dict[str, Any], states: MutableMapping[Any, Any]) -> None:
 
 def only_creates_state(group: Group) -> bool:
     """Recognise the step of `state_creation` in a group of blocks, which must not open a window either."""
-    grads = [param.grad for param in group["params"] if param.grad is not None]
-    first = not group[DONE] and float(group["lr"]) == 0.0
-    return first and not any(bool(torch.count_nonzero(grad)) for grad in grads)
+    return not group[DONE] and state_creation.only_creates_state([group])

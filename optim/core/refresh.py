@@ -16,6 +16,7 @@ from .bucket import Bucket
 from .carry import carry_moments
 from .change import Change
 from .descend import descend_
+from .magnitude import largest
 from .projector import Request, official_svd, own_piece
 from .state import INTERVAL
 from .together import reduced, stacked
@@ -39,7 +40,7 @@ def refresh(b: Bucket) -> None:
     due = [index for index, held in enumerate(b.states) if b.ready[index] is None and _is_due(b, held)]
     if not due:  # a matrix whose gradient arrived projected has none to find a basis from
         return
-    scales = b.layout.max_all(torch.stack([_largest(b.grads[index]).to(b.dtype) for index in due]))  # max|A|
+    scales = b.layout.max_all(torch.stack([largest(b.grads[index]).to(b.dtype) for index in due]))  # max|A|
     tells = [torch.finfo(b.dtype).tiny <= value < math.inf for value in scales.cpu().tolist()]
     _skip(b, [index for index, told in zip(due, tells, strict=True) if not told])
     chosen = {index: scale for index, scale, told in zip(due, scales, tells, strict=True) if told}
@@ -65,14 +66,6 @@ def _batches(b: Bucket, indices: list[int]) -> Iterator[list[int]]:
     size = max(1, budget // max(1, max(b.plan.piece) * b.view.rank))
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
-
-
-def _largest(grad: Tensor) -> Tensor:
-    if not grad.numel():  # an empty piece
-        return grad.new_zeros(())
-    low, high = torch.aminmax(grad)  # an order of magnitude faster than the maximum norm
-    largest = torch.maximum(-low, high)
-    return torch.where(largest.isnan(), torch.inf, largest)  # NaN may get lost in a maximum over ranks
 
 
 def follow(b: Bucket, low: Tensor) -> None:
@@ -149,10 +142,10 @@ def _track(b: Bucket, batch: list[int], low: Tensor) -> None:
     images = [low[index] for index in batch]
     if b.view.full:
         images = _images(b, matrices, [DENSE.read(b.states[index], b.dtype) for index in batch])  # A P (a, r)
-    scales = layout.max_all(torch.stack([_largest(image) for image in images]))
+    scales = layout.max_all(torch.stack([largest(image) for image in images]))
     parts = zip(matrices, images, scales, strict=True)
     adjoints = reduced(layout.sum_rows, [linalg.product(matrix.T, image / scale) for matrix, image, scale in parts])
-    tops = layout.max_cols(torch.stack([_largest(adjoint) for adjoint in adjoints]))
+    tops = layout.max_cols(torch.stack([largest(adjoint) for adjoint in adjoints]))
     sound = scales.isfinite() & tops.isfinite() & (scales >= torch.finfo(b.dtype).tiny)
     tops = torch.where(tops > 0, tops, 1.0)
     moving = []
