@@ -46,6 +46,7 @@ class SubspaceReduction:
     def __init__(self, optimizer: Lifecycle, group: dist.ProcessGroup | None = None) -> None:
         self._compression = OwnBasis(optimizer)
         self._group = group
+        optimizer.register_step_pre_hook(self._forget_unused)
 
     def reduce(self, bucket: Any) -> torch.futures.Future[Tensor]:
         """Average a bucket of gradients over the replicas; pass this method to `register_comm_hook`."""
@@ -68,6 +69,11 @@ class SubspaceReduction:
 
         done: torch.futures.Future[Tensor] = work.get_future().then(unpack)
         return done
+
+    def _forget_unused(self, *_: Any) -> None:
+        """Weights that no replica used have no gradient, which their bucket does not tell: they stand still."""
+        for param in [param for param in self._way.optimizer._low_grads if param.grad is None]:
+            del self._way.optimizer._low_grads[param]
 
     @torch.no_grad()
     def _project(self, param: Tensor, grad: Tensor) -> Tensor | None:

@@ -49,6 +49,14 @@ def test_replicas_that_send_r_follow_the_run_of_whole_gradients(two: World) -> N
     assert sent == [WHOLE if step % 3 == 0 else LOW for step in range(8)]
 
 
+@pytest.mark.parametrize("unused", [[True, True], [False, True]], ids=["by all", "by one"])
+def test_weights_that_replicas_did_not_use_are_those_of_whole_gradients(two: World, unused: list[bool]) -> None:
+    (whole, _), (found, other) = (two.run(replicas.branches, reduces, unused) for reduces in (False, True))
+    for name, value in whole.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-10)
+        assert found[name].tobytes() == other[name].tobytes()
+
+
 def test_methods_that_need_whole_gradients_are_refused() -> None:
     with pytest.raises(ValueError, match="Fira uses whole gradients in every step"):
         SubspaceReduction(Fira(net().parameters(), rank=4))

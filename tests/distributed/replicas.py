@@ -68,6 +68,32 @@ def reduced(steps: int) -> tuple[dict[str, Any], list[int]]:
     return arrays(model.module), elements
 
 
+class Branches(nn.Module):
+    """Two layers of which a batch may use one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.both = nn.ModuleList(nn.Linear(24, 12) for _ in range(2)).double()
+
+    def forward(self, x: Tensor, used: int) -> Tensor:
+        return sum(branch(x) for branch in self.both[:used])
+
+
+def branches(reduces: bool, unused: list[bool]) -> dict[str, Any]:
+    """Train where this rank leaves the second branch out in every other step, or never does."""
+    model = DistributedDataParallel(Branches(), find_unused_parameters=True)
+    optimizer = GaLore(model.parameters(), lr=1e-2, rank=4, update_proj_gap=5, weight_decay=0.1)
+    if reduces:
+        model.register_comm_hook(SubspaceReduction(optimizer), SubspaceReduction.reduce)
+    for step in range(9):
+        used = 1 if step % 2 and unused[dist.get_rank()] else 2
+        (model(batch(step, dist.get_rank()), used) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return arrays(model.module)
+
+
 def data_parallel(name: str, max_norm: float | None = None) -> dict[str, Any]:
     """Train with DistributedDataParallel."""
     model = DistributedDataParallel(net())
