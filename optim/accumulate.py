@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from ..kernels import EVERYWHERE
 from .core.accumulation import Compression, OwnBasis, RandomBases
 from .core.seeded import DISTRIBUTIONS
+from .core.sharding import beside
 from .core.validate import check_choices
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -131,19 +132,20 @@ class SubspaceAccumulator:
     def state_dict(self) -> dict[str, Any]:
         """Return the options and all that was summed in this cycle, the gradients in `p.grad` included.
 
-        The optimizer and the weights are saved beside it.
+        The optimizer and the weights are saved beside it. Of sharded parameters sums are DTensors as moments are, equal
+        to rounding in any world; all ranks must call it.
         """
         params = list(self._params())
         return {
             "options": dict(self.options),
             "cycle": self.cycle,
             "count": self.count,
-            "sums": {i: self._sums[p].clone() for i, p in enumerate(params) if p in self._sums},
+            "sums": {i: self._way.saved(p, self._sums[p]) for i, p in enumerate(params) if p in self._sums},
             "grads": {i: p.grad.clone() for i, p in enumerate(params) if self.count and p.grad is not None},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the cycle that `state_dict()` recorded; load the optimizer too.
+        """Continue the cycle that `state_dict()` recorded; load the optimizer first.
 
         Raises:
             ValueError: It was recorded with other options.
@@ -156,10 +158,10 @@ class SubspaceAccumulator:
         params = list(self._params())
         self._compression.release()
         self.cycle, self.count = state_dict["cycle"], state_dict["count"]
-        self._sums = {params[i]: low.to(params[i].device, copy=True) for i, low in state_dict["sums"].items()}
+        self._sums = {params[i]: self._way.loaded(params[i], low) for i, low in state_dict["sums"].items()}
         for i, param in enumerate(params):
             grad = state_dict["grads"].get(i)
-            param.grad = None if grad is None else grad.to(param.device, copy=True)
+            param.grad = None if grad is None else beside(param, grad)
 
     def _params(self) -> Iterator[Tensor]:
         for group in self.optimizer.param_groups:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,6 +19,7 @@ from .projector import PROJECTORS
 from .seeded import SeededBasis
 from .sharding import is_dtensor, local
 from .spread import whole_bases
+from .state import axis_of
 from .view import MatrixView, matrix_shape
 
 TAG = 0xACC
@@ -38,6 +40,12 @@ class Compression(Protocol):
 
     def release(self) -> None:
         """Forget the sums that were handed over and not used."""
+
+    def saved(self, param: Tensor, low: Tensor) -> Tensor:
+        """What of a sum goes into a checkpoint."""
+
+    def loaded(self, param: Tensor, saved: Tensor) -> Tensor:
+        """The sum out of a checkpoint."""
 
 
 class OwnBasis:
@@ -92,6 +100,30 @@ class OwnBasis:
         with whole_bases(b):
             b.basis.project_back_(Target(b.natural(0)), low, b.states[0], step)
         return whole
+
+    def saved(self, param: Tensor, low: Tensor) -> Tensor:
+        """A sum as a checkpoint has it: a copy, of a sharded parameter R, reduced and placed as moments are."""
+        plan = self._plan(param)
+        if plan.layout.sharding is None or plan.view is None:
+            return low.clone()
+        axis = axis_of("", param.ndim, plan.view)
+        reduced = plan.layout.reduce(low[None].clone())[0]
+        return plan.layout.sharding.wrap(reduced, plan.view.low_shape, plan.layout.place(axis))
+
+    def loaded(self, param: Tensor, saved: Tensor) -> Tensor:
+        """This rank's part of what was `saved`, in any world: parts add up to R, which the first of them has."""
+        plan = self._plan(param)
+        layout, view = plan.layout, plan.view
+        if layout.sharding is None or view is None:
+            return saved.to(param.device, copy=True)
+        mine: Tensor = local(layout.settle(saved, axis_of("", param.ndim, view)))
+        part = layout.gather(mine[None], view.a)[0]
+        parts = (*layout.rows, *layout.cols) if layout.full else layout.cols
+        first = all(dist.get_rank(group) == 0 for group in parts)
+        return part.clone() if first else torch.zeros_like(part)
+
+    def _plan(self, param: Tensor) -> Plan:
+        return next(plan for plan in self.optimizer._planned() if any(param is each for each in plan.params))
 
     def _bucket(self, param: Tensor, grad: Tensor) -> Bucket:
         """The bucket of one parameter and a gradient."""
@@ -149,6 +181,14 @@ class RandomBases:
 
     def release(self) -> None:
         """Nothing is kept."""
+
+    def saved(self, param: Tensor, low: Tensor) -> Tensor:
+        """A copy."""
+        return low.clone()
+
+    def loaded(self, param: Tensor, saved: Tensor) -> Tensor:
+        """A copy where the parameter is."""
+        return saved.to(param.device, copy=True)
 
     def view(self, param: Tensor) -> MatrixView | None:
         """Orient a matrix that is worth compressing."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .accumulation import OwnBasis
 from .lifecycle import Lifecycle
-from .sharding import local, whole
+from .sharding import beside, local, whole
 from .validate import check_choices
 
 CLIPPING = ("previous", "matrix")
@@ -127,7 +127,7 @@ class Cycle:
         place = {param: i for i, param in enumerate(self._params())}
         return {
             "counts": {place[param]: count for param, count in self._counts.items()},
-            "sums": {place[param]: low.clone() for param, low in self._sums.items()},
+            "sums": {i: self._saved(p, self._sums[p]) for p, i in place.items() if p in self._sums},
             "grads": {place[p]: p.grad.clone() for p in self._counts if p.grad is not None},
             "stepped": [place[param] for param in place if id(param) in self.stepped],
             "squares": [square.clone() for square in self._squares],
@@ -151,12 +151,17 @@ class Cycle:
         self.stepped = {id(params[i]) for i in state_dict["stepped"]}
         self._squares = [square.clone() for square in state_dict["squares"]]
         self._counts = {params[i]: count for i, count in state_dict["counts"].items()}
-        self._sums = {params[i]: low.to(params[i].device, copy=True) for i, low in state_dict["sums"].items()}
+        if self._way is not None:
+            self._sums = {params[i]: self._way.loaded(params[i], low) for i, low in state_dict["sums"].items()}
         for i, grad in state_dict["grads"].items():
-            params[i].grad = grad.to(params[i].device, copy=True)
+            params[i].grad = beside(params[i], grad)
         self._last = state_dict["last"]
         if self._compression is not None:
             self._compression.begin()
+
+    def _saved(self, param: Tensor, low: Tensor) -> Tensor:
+        assert self._way is not None
+        return self._way.saved(param, low)
 
     def _params(self) -> Iterator[Tensor]:
         for group in self.optimizer.param_groups:

@@ -185,6 +185,14 @@ def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def beside(param: Tensor, value: Tensor) -> Tensor:
+    """A copy of a value that lies as a parameter does: of a whole one, or one that lies elsewhere, the piece."""
+    if not is_dtensor(param):
+        return value.to(param.device, copy=True)
+    own = Sharding(param.device_mesh, tuple(param.placements), tuple(param.shape), param.device)
+    return own.adopt(value, own.placements).clone()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a DTensor, gathered; a plain tensor itself."""
     return tensor.full_tensor() if is_dtensor(tensor) else tensor
