@@ -360,8 +360,8 @@ def test_the_kth_largest_is_counted_with_those_above_and_beside_it() -> None:
 # ---------------------------------------------------------------------------------------------------------- plans
 
 
-def with_heads(model: Any, **options: Any) -> torch.optim.Optimizer:
-    matrices = {"params": [model.tall, model.other, model.wide], "rank": RANK, "num_heads": 2}
+def with_heads(model: Any, heads: int = 2, **options: Any) -> torch.optim.Optimizer:
+    matrices = {"params": [model.tall, model.other, model.wide], "rank": RANK, "num_heads": heads}
     return GaLorePlus([matrices, {"params": [model.vector]}], head_select="max_norm", **options)
 
 
@@ -377,6 +377,16 @@ def test_a_plan_counts_what_single_entries_send(where: str, residual: str | None
     assert (found.step.elements, found.step.bytes, found.step.calls) == step
     extra = tuple(more - less for more, less in zip(refresh, step, strict=True))
     assert (found.refresh.elements, found.refresh.bytes, found.refresh.calls) == extra
+
+
+def test_a_head_that_is_alone_is_not_searched_for() -> None:
+    """It may be planned, and sends no norms of heads."""
+    one, two = (
+        rank_plan(plans.Small("meta"), lambda m, h=heads: with_heads(m, h, residual=None), plans.WORLDS["fsdp2"])
+        for heads in (1, 2)
+    )
+    assert one.state == two.state
+    assert one.refresh.calls < two.refresh.calls
 
 
 def test_a_step_sends_three_numbers_for_an_entry() -> None:

@@ -121,6 +121,8 @@ def _by_head(request: Request, rows: range, heads: int, how: str) -> Tensor:
 
 def _orders(requests: Sequence[Request], rows: range, heads: int) -> list[list[int]]:
     """All heads of every matrix, in the order in which they are taken."""
+    if heads == 1:
+        return [[0] for _ in requests]
     how = "first" if requests[0].hyper is None else requests[0].hyper.head_select
     if how == "max_norm":
         squares = reduced(requests[0].layout.sum_all, [_by_head(request, rows, heads, "sum") for request in requests])
