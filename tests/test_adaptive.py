@@ -138,6 +138,20 @@ def test_chosen_ranks_survive_checkpoints_and_copies() -> None:
         assert torch.equal(mine, copied)
 
 
+def test_a_group_goes_on_with_ranks_that_were_chosen_before() -> None:
+    optimizer, params = auto(energy=0.9)
+    give(params, 0)
+    optimizer.step()
+    chosen = optimizer.param_groups[0]["ranks"]
+    other, others = auto(energy=0.9, ranks=list(chosen))
+    give(others, 5)  # which would choose others
+    other.step()
+    assert other.param_groups[0]["ranks"] == chosen
+    assert [other.state[param]["basis"].shape for param in others[:3]] == [(16, rank) for rank in chosen[:3]]
+    with pytest.raises(ValueError, match=r"got ranks=\[1, 2\] for 4 parameters: pass one for each"):
+        auto(energy=0.9, ranks=[1, 2])
+
+
 def test_the_ranks_are_unknown_before_the_first_step() -> None:
     optimizer, _ = auto(energy=0.9)
     with pytest.raises(RuntimeError, match="call summary"):

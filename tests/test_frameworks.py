@@ -189,9 +189,12 @@ def test_chosen_ranks_are_loaded_with_their_state_or_refused(flatten: bool) -> N
     if flatten:
         with pytest.raises(ValueError, match="flatten_optimizer_state_dict=False"):
             set_optimizer_state_dict(other, resumed, state, options=options)
-    else:
-        set_optimizer_state_dict(other, resumed, state, options=options)
-        assert_equal(resumed.state_dict(), optimizer.state_dict())
+        groups = param_groups(other, rank="auto", energy=0.5)
+        for mine, theirs in zip(groups, optimizer.param_groups, strict=True):
+            mine |= {"ranks": theirs["ranks"]} if "ranks" in theirs else {}
+        resumed = GaLore(groups, lr=LR)
+    set_optimizer_state_dict(other, resumed, state, options=options)
+    assert_equal(resumed.state_dict(), optimizer.state_dict())
 
 
 def test_state_that_is_no_tensor_is_refused_by_name() -> None:

@@ -85,17 +85,25 @@ class SubspaceOptimizer(Lifecycle):
             param_group.setdefault("energy", None)
             param_group.setdefault("budget", None)
         super().add_param_group(param_group)
-        if self.param_groups[-1]["rank"] == AUTO:
-            self.param_groups[-1].setdefault("ranks", None)  # not chosen yet; DCP loads only what has a key
+        group = self.param_groups[-1]
+        if group["rank"] == AUTO:
+            group.setdefault("ranks", None)  # not chosen yet; DCP loads only what has a key
+        if group["rank"] == AUTO and len(group["ranks"] or group["params"]) != len(group["params"]):
+            self.param_groups.pop()
+            raise ValueError(
+                f"got ranks={group['ranks']} for {len(group['params'])} parameters: pass one for each, 0 for one that "
+                "is not projected, or leave ranks out"
+            )
 
     def _restore(self, loaded: dict[str, Any]) -> None:
         super()._restore(loaded)
         for group in self.param_groups:
             if group["rank"] == AUTO and group.get("ranks") and not any(self.state.get(p) for p in group["params"]):
                 raise ValueError(
-                    f"the checkpoint has chosen ranks {group['ranks'][:8]} and no state of their matrices: a flattened "
-                    "state dict loses state that a fresh optimizer does not have yet; save it nested, "
-                    "StateDictOptions(flatten_optimizer_state_dict=False), or by optimizer.state_dict()"
+                    f"the checkpoint has chosen ranks {group['ranks'][:8]} and no state of their matrices, lost where "
+                    "it is flattened, or read by dcp.load into a fresh optimizer: save it nested, "
+                    "StateDictOptions(flatten_optimizer_state_dict=False), or construct the optimizer with the ranks, "
+                    "{'params': ..., 'rank': 'auto', 'ranks': other.param_groups[0]['ranks']}"
                 )
 
     def _prepare(self) -> None:
