@@ -32,7 +32,7 @@ class GaLore(SubspaceOptimizer):
             every weight of at least two dimensions (viewed as first x rest) whose smaller side exceeds it.
             Everything else gets the rule itself, for AdamW exactly torch.optim.AdamW. "auto" chooses a rank for every
             matrix from the spectra of the first gradients; until then, while all gradients of a group are zero or not
-            finite, the group is not stepped. A group that names `"ranks"`, as another run chose them, begins with those.
+            finite, the group is not stepped. A group with `"ranks"`, those of another run, begins with them.
         energy: With "auto", the share of a gradient's energy that a rank must hold, as 0.9; None asks for no share.
         budget: With "auto", the bytes that all state of a group's projected matrices may take; None sets no limit.
         update_proj_gap: Steps T between two refreshes of the basis.
