@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -18,6 +19,12 @@ def main() -> None:
         _fail(one_line(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted; a run with a checkpoint goes on with --resume", 130)
+    except BrokenPipeError:
+        # Whoever read the output, as `head`, has enough; at exit Python would flush what is left to them.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(one_line(error), 1)  # a full disk, a file of somebody else: nothing that a traceback explains
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in EXTRA:
@@ -37,11 +44,12 @@ def _run() -> int:
     # Newer releases of typer carry a private copy of click, so its base error is reached through the public subclass.
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
-        return app(prog_name="lowmem", standalone_mode=False) or 0
+        return app(sys.argv[1:] or ["--help"], prog_name="lowmem", standalone_mode=False) or 0
     except typer.Abort:
         raise KeyboardInterrupt from None
     except usage_error as error:
-        raise UserError(error.format_message()) from None
+        command = error.ctx.command_path if error.ctx else "lowmem"
+        raise UserError(f"{error.format_message()} See {command} --help") from None
 
 
 def _fail(message: str, code: int) -> None:

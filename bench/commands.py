@@ -18,7 +18,6 @@ from .errors import UserError, did_you_mean
 app = typer.Typer(
     name="lowmem",
     help="Memory-efficient optimizers: pre-train a LLaMA with one, compare several.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -78,14 +77,7 @@ def pretrain(
     **shared: Any,
 ) -> None:
     """Pre-train a LLaMA on real text with one optimizer."""
-    from .optimizers import run_options
-    from .options import flags_to_texts, parse_options
-
-    options = run_options(optimizer)
-    switches = [option.name for option in options.values() if bool in option.kinds]
-    texts = flags_to_texts(context.args, switches)
-    _refuse_unknown(context, optimizer, texts, options)
-    config = RunConfig(**shared, optimizer=optimizer, options=parse_options(optimizer, options, texts))
+    config = RunConfig(**shared, optimizer=optimizer, options=_options(context, optimizer))
     from .pretrain import Session
     from .pretrain import pretrain as run
 
@@ -171,14 +163,7 @@ def plan_memory(
 ) -> None:
     """Tell what training takes in memory, beside AdamW, without allocating it; with --budget also what to turn."""
     _check_dtype(dtype)
-    from .optimizers import run_options
-    from .options import flags_to_texts, parse_options
-
-    options = run_options(optimizer)
-    texts = flags_to_texts(context.args, [option.name for option in options.values() if bool in option.kinds])
-    if "state" in texts and "state_dtype" in options:
-        texts["state_dtype"] = texts.pop("state")
-    _refuse_unknown(context, optimizer, texts, options)
+    values = _options(context, optimizer, state="state_dtype")
     from .compiler import postpone_compiler
     from .plan import parse_bytes, plan_ranks
     from .plan import plan_memory as run
@@ -188,10 +173,10 @@ def plan_memory(
     refuse_together(context, world)
     if world:
         ranks = World(world, parallel, shard or None, kept, replicas)
-        plan_ranks(Settings(model, optimizer, parse_options(optimizer, options, texts), dtype), ranks, out)
+        plan_ranks(Settings(model, optimizer, values, dtype), ranks, out)
         return
     postpone_compiler()
-    values, room = parse_options(optimizer, options, texts), parse_bytes(budget) if budget else None
+    room = parse_bytes(budget) if budget else None
     run(Settings(model, optimizer, values, dtype, batch_size, length, checkpointing, release, room), out)
 
 
@@ -228,8 +213,7 @@ def optimizers(
         typer.echo("\n".join(available()))
         return
     for option in run_options(name).values():
-        kinds = "|".join("true/false" if kind is bool else kind.__name__ for kind in option.kinds)
-        typer.echo(f"{option.flag:<24} {kinds:<24} default {option.default}")
+        typer.echo(f"{option.flag:<24} {'|'.join(option.takes):<24} default {option.default}")
 
 
 def _check_dtype(dtype: str) -> None:
@@ -237,13 +221,27 @@ def _check_dtype(dtype: str) -> None:
         raise UserError(f"--dtype is {dtype}: it must be {' or '.join(DTYPES)}")
 
 
+def _options(context: typer.Context, optimizer: str, **aliases: str) -> dict[str, Any]:
+    """Read the flags that are the optimizer's options; `aliases` are short names of some."""
+    from .optimizers import run_options
+    from .options import flags_to_texts, parse_options
+
+    options = run_options(optimizer)
+    short = {alias: options[name] for alias, name in aliases.items() if name in options}
+    texts = flags_to_texts(context.args, options | short)
+    for alias in short.keys() & texts:
+        if short[alias].name in texts:
+            raise UserError(f"--{alias} is short for {short[alias].flag}: give one of them")
+        texts[short[alias].name] = texts.pop(alias)
+    _refuse_unknown(context, optimizer, texts, options)
+    return parse_options(optimizer, options, texts)
+
+
 def _refuse_unknown(context: typer.Context, optimizer: str, texts: dict[str, str], options: dict[str, Any]) -> None:
     fixed = [parameter.name or "" for parameter in context.command.params]
     for name in texts:
         if name not in options:
             flags = ["--" + other.replace("_", "-") for other in [*options, *fixed]]
-            flag = "--" + name.replace("_", "-")
-            valid = " ".join(option.flag for option in options.values())
-            near = did_you_mean(flag, flags)
-            others = f"lowmem {context.info_name} --help"
-            raise UserError(f"unknown flag {flag}.{near} Flags of {optimizer}: {valid}; the others: {others}")
+            flag, valid = "--" + name.replace("_", "-"), " ".join(option.flag for option in options.values())
+            said = f"unknown flag {flag}.{did_you_mean(flag, flags)} Flags of {optimizer}: {valid}"
+            raise UserError(f"{said}; the others: lowmem {context.info_name} --help")

@@ -16,6 +16,7 @@ from .config import RunConfig
 from .errors import Diverged, UserError
 from .optimizers import run_options
 from .options import parse_options
+from .out import ready_folder
 from .report import Row, comparison_markdown, comparison_picture, comparison_table, mean_curve, read_curve
 from .rundir import Record, RunFolder, write_json
 from .runs import failure, identity_of, pretrain_words, raise_failures
@@ -44,7 +45,8 @@ def compare(entries: Sequence[Entry], plan: Plan) -> None:
         plan: What the runs have in common.
 
     Raises:
-        UserError: If there is no entry, a point is there twice, or runs failed that the comparison needs.
+        UserError: If there is no entry, a point is there twice, `plan.out` cannot be written to, or runs failed that
+            the comparison needs.
     """
     if not entries:
         raise UserError('give an ENTRY, for example lowmem compare adamw "galore lr=1e-2|2e-2", or --optimizers all')
@@ -53,7 +55,7 @@ def compare(entries: Sequence[Entry], plan: Plan) -> None:
     seed = plan.shared.seed
     # The last seed must be valid before hours are spent on the first.
     replace(plan.shared, seed=seed + plan.seeds - 1)
-    plan.out.mkdir(parents=True, exist_ok=True)
+    ready_folder(plan.out)
     points = _run_all([first_runs(grid, seed) for grid in grids], plan)
     repeats = _run_all([repeat_runs(best(outcomes), plan.seeds) for outcomes in points], plan)
     results = [Result(*parts) for parts in zip(entries, points, repeats, strict=True)]

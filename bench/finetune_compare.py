@@ -21,6 +21,7 @@ from .finetune_files import find_data, find_model
 from .finetune_report import Row, markdown, table
 from .optimizers import run_options
 from .options import parse_options
+from .out import ready_folder
 from .rundir import Record, RunFolder, write_json
 from .search import (
     Entry,
@@ -88,7 +89,7 @@ def finetune(entries: Sequence[Entry], plan: Plan) -> None:
         plan: What the runs have in common.
 
     Raises:
-        UserError: If there is no entry, one is wrong, files cannot be had, or a run failed.
+        UserError: If there is no entry, one is wrong, files cannot be had or written, or a run failed.
     """
     if not entries:
         raise UserError('give an ENTRY, for example lowmem finetune adamw "galore lr=3e-3 rank=8", or --optimizers all')
@@ -99,6 +100,7 @@ def finetune(entries: Sequence[Entry], plan: Plan) -> None:
     # The last seed and the texts must be valid before hours are spent.
     first = plan.shared.seed
     replace(plan.shared, seed=first + plan.seeds - 1)
+    ready_folder(plan.out)
     model, data = find_model(plan.shared.model), find_data(plan.shared.data)
     load_texts(data, plan.shared.validation, plan.shared.test)
     digests = {"model": _digest(model), "data": _digest(data)}

@@ -21,6 +21,7 @@ from .errors import UserError
 from .gpu_device import Bench, Budget
 from .gpu_report import markdown, table, title
 from .measure import device_name
+from .out import ready_file
 
 PARTS = ("kernels", "times", "steps", "graphs", "train")
 """In the order in which they run: what is right comes before what is fast."""
@@ -66,6 +67,7 @@ def gpu_check(settings: Settings, out: Path | None = None) -> bool:
     )
     name = device_name(bench.device)
     path = out or Path("bench/results") / f"gpu_check_{'interpreted' if settings.interpret else _slug(name)}.json"
+    ready_file(path)
     figures: Figures = {
         "device": name,
         "interpreted": settings.interpret,
@@ -225,6 +227,5 @@ def _slug(name: str) -> str:
 
 
 def _write(path: Path, figures: Figures) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(markdown(figures), encoding="utf-8")

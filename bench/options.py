@@ -32,6 +32,11 @@ class Option:
         """The flag on the command line."""
         return "--" + self.name.replace("_", "-")
 
+    @property
+    def takes(self) -> list[str]:
+        """Names of its types, as one writes about them."""
+        return [_NAMES.get(kind, kind.__name__) for kind in self.kinds]
+
     def parse(self, text: str) -> Any:
         """Return the value that `text` says, by the first type that accepts it.
 
@@ -43,8 +48,8 @@ class Option:
                 return _READERS[kind](text)
             except ValueError:
                 continue
-        names = " or ".join("true/false" if kind is bool else kind.__name__ for kind in self.kinds)
-        raise UserError(f"{self.flag} {text}: it takes {names or 'no value that a command line can give'}")
+        takes = " or ".join(self.takes) or "no value that a command line can give"
+        raise UserError(f"{self.flag} {text}: it takes {takes}")
 
 
 def options_of(cls: type) -> dict[str, Option]:
@@ -86,13 +91,18 @@ def parse_options(owner: str, options: Mapping[str, Option], texts: Mapping[str,
     return values
 
 
-def flags_to_texts(arguments: Sequence[str], switches: Sequence[str]) -> dict[str, str]:
+def flags_to_texts(arguments: Sequence[str], options: Mapping[str, Option]) -> dict[str, str]:
     """Read `--name value`, `--name=value`, `--switch` and `--no-switch` into texts by name.
 
     Args:
         arguments: What the command line holds beside the fixed flags.
-        switches: Names of the boolean options, which may stand without a value.
+        options: Those that there are; the boolean ones may stand without a value. A name that is none of them may too,
+            for what is wrong with it is not its value.
+
+    Raises:
+        UserError: A word is no flag, or an option has no value.
     """
+    switches = [name for name, option in options.items() if bool in option.kinds]
     texts: dict[str, str] = {}
     rest = list(arguments)
     while rest:
@@ -107,6 +117,8 @@ def flags_to_texts(arguments: Sequence[str], switches: Sequence[str]) -> dict[st
             texts[name.removeprefix("no_")] = "false"
         elif name in switches and (not rest or rest[0].lower() not in YES + NO):
             texts[name] = "true"
+        elif name not in options and (not rest or rest[0].startswith("-")):
+            texts[name] = ""
         elif not rest or rest[0].startswith("--"):
             raise UserError(f"{word} needs a value: {word} VALUE")
         else:
@@ -181,6 +193,8 @@ def _dtype(text: str) -> torch.dtype:
         raise ValueError(text)
     return value
 
+
+_NAMES: dict[Any, str] = {type(None): "none", bool: "true/false"}
 
 # Strictest first: the first reader that accepts a text decides.
 _READERS: dict[Any, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 from ..optim import AdamW8bit
 from ..optim.plan import Pass, Plan, TrainingPlan
 from .errors import UserError, one_line
+from .out import ready_file
 from .plan_report import show, show_ranks
 from .planner import MODEL_DTYPES, Planner, Settings, build, skeleton
 
@@ -36,13 +38,18 @@ def parse_bytes(text: str) -> int:
         size = float(found[1]) * UNITS[found[2]] if found else 0.0
     except (ValueError, KeyError):
         size = 0.0
-    if size < 1:
+    if not 1 <= size < math.inf:
         raise UserError(f"--budget {text}: it takes a size such as 24GB or 24GiB")
     return int(size)
 
 
 def plan_memory(settings: Settings, out: Path | None = None) -> dict[str, Any]:
-    """Print the bytes of an optimizer beside those of AdamW, and return (and write, if `out` is given) them."""
+    """Print the bytes of an optimizer beside those of AdamW, and return (and write, if `out` is given) them.
+
+    Raises:
+        UserError: The optimizer refuses the model or an option, or `out` cannot be written.
+    """
+    ready_file(out)
     planner = Planner(settings.model, settings.dtype)
     makes: dict[str, Callable[[nn.Module], Optimizer] | None] = {
         settings.title: None,
@@ -72,8 +79,9 @@ def plan_ranks(settings: Settings, world: World, out: Path | None = None) -> dic
     """Print what one rank of many keeps and sends beside AdamW, and return (and write, if `out` is given) it.
 
     Raises:
-        UserError: The optimizer does not step such parameters, or FSDP2 could not place them.
+        UserError: The optimizer does not step such parameters, FSDP2 could not place them, or `out` cannot be written.
     """
+    ready_file(out)
     adamw = replace(settings, optimizer="adamw8bit", options={"state_dtype": "float32"})
     alone = replace(world, replicas=False)  # it has no bases to share
     plans = {settings.title: _rank(settings, world), "AdamW, fp32 moments": _rank(adamw, alone)}
@@ -99,7 +107,6 @@ def _rank(settings: Settings, world: World) -> RankPlan:
 
 def _write(figures: dict[str, Any], out: Path | None) -> None:
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 import torch
 
 from .errors import UserError, one_line
+from .out import ready_folder
 
 Record = dict[str, Any]
 SHARDS = "checkpoint-[0-9]*"
@@ -75,8 +76,8 @@ class RunFolder:
             )
 
     def start(self, identity: Record) -> None:
-        """Make the folder the run's own."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder the run's own, or raise a `UserError` if it cannot be written to."""
+        ready_folder(self.path)
         write_json(self._config, identity)
 
     def holds(self, identity: Record) -> bool:

@@ -17,10 +17,11 @@ from . import neighbours, peers
 from .config import RunConfig
 from .data import load_source
 from .energy import captured_energy
-from .errors import UserError, one_line
+from .errors import UserError
 from .floors import FLOORS, LR
 from .measure import device_name, timed, versions
 from .models import build_model
+from .out import ready_file
 from .peers import Contender
 from .rundir import write_json
 from .step_time_report import Report, picture, print_report
@@ -62,7 +63,7 @@ def step_time(settings: Settings, out: Path | None = None) -> dict[str, Any]:
     """Measure, print the tables and return (and write, with a picture beside, if `out` is given) the figures.
 
     Raises:
-        UserError: A model is unknown, a rank is too large for one, or the folder of `out` cannot be made; nothing has
+        UserError: A model is unknown, a rank is too large for one, or `out` cannot be written; nothing has
             been measured then.
     """
     console = Console()
@@ -71,8 +72,7 @@ def step_time(settings: Settings, out: Path | None = None) -> dict[str, Any]:
     models, runs = settings.model.split(","), list[dict[str, Any]]()
     for model in models:
         _check(replace(settings, model=model))
-    if out is not None:
-        _make_folder(out)
+    ready_file(out)
     for model, dtype in product(models, settings.dtype.split(",")):
         chosen = replace(settings, model=model, dtype=dtype)
         console.print(f"{model}, rank {chosen.rank}, {dtype}, {device_name(device)}")
@@ -94,13 +94,6 @@ def _check(settings: Settings) -> None:
     smallest = min(min(param.shape) for param in group["params"])
     if settings.rank >= smallest:
         raise UserError(f"--rank is {settings.rank}: {settings.model} needs less than {smallest}, its smallest side")
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: its folder cannot be made: {one_line(error)}") from error
 
 
 def _measure(settings: Settings, device: torch.device) -> Report:

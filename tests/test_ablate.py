@@ -572,7 +572,7 @@ def test_an_interrupted_command_says_how_to_go_on(small, monkeypatch, capsys):
         (["adamw", "--set=steps"], "write NAME=VALUE"),
         (["adamw", "--seeds=x"], "seeds is x"),
         (["--file=latin.yaml"], "cannot be read as UTF-8"),
-        (["adamw", "--out=latin.yaml"], "--out latin.yaml is no folder"),
+        (["adamw", "--out=latin.yaml"], "--out latin.yaml: latin.yaml is no folder"),
     ],
 )
 def test_bad_input_is_one_line(words, message, monkeypatch, capsys, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem.bench import neighbours
+from lowmem.bench import cli, neighbours
 from lowmem.bench.errors import Diverged, UserError
 from lowmem.bench.peers import Contender
 from lowmem.bench.runs import failure
@@ -125,6 +125,28 @@ def test_help_names_the_commands_and_needs_no_torch(tmp_path):
     assert {"pretrain", "compare", "optimizers"} <= set(run.stdout.split())
 
 
+def test_no_command_is_a_call_for_help_and_a_wrong_one_says_where_it_is(tmp_path):
+    assert lowmem(cwd=tmp_path).stdout == lowmem("--help", cwd=tmp_path).stdout != ""
+    run = lowmem("pretran", cwd=tmp_path)
+    assert run.stderr == "lowmem: No such command 'pretran'. Did you mean 'pretrain'? See lowmem --help\n"
+    assert run.returncode == 1
+
+
+def test_a_full_disk_and_a_reader_that_has_enough_are_no_tracebacks(tmp_path, monkeypatch, capfd):
+    def fails(error):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["lowmem", "optimizers"])
+    monkeypatch.setattr(cli, "_run", lambda: fails(OSError(28, "No space left on device", "model.safetensors")))
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capfd.readouterr().err == "lowmem: [Errno 28] No space left on device: 'model.safetensors'\n"
+    command = f"{sys.executable} -m lowmem.bench step-time --model tiny --rounds 3 --rank 4 --gap 1 | head -n 1"
+    run = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert run.stdout.startswith("tiny, rank 4")
+    assert run.stderr == ""
+
+
 @pytest.mark.parametrize("package", ["typer", "matplotlib"])
 def test_a_missing_extra_is_one_line(package, small, tmp_path):
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
@@ -188,7 +210,8 @@ def test_the_peak_of_a_step_is_what_it_allocates():
         (["--model=tiny", "--rank=200"], "rank"),
         (["--model=9m,tiny", "--rank=200"], "rank"),
         (["--model=tiny,nowhere", "--rank=4"], "unknown model 'nowhere'"),
-        (["--model=tiny", "--rank=4", "--out=file/figures.json"], "--out file/figures.json: its folder"),
+        (["--model=tiny", "--rank=4", "--out=file/figures.json"], "--out file/figures.json: file is no folder"),
+        (["--model=tiny", "--rank=4", "--out=."], "--out . is a folder: name a file"),
     ],
 )
 def test_bad_step_time_input_is_one_line(flags, message, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lowmem.bench.errors import UserError
 from lowmem.bench.optimizers import available, run_options, state_bytes
-from lowmem.bench.options import flags_to_texts, options_of, parse_options
+from lowmem.bench.options import Option, flags_to_texts, options_of, parse_options
 
 
 class Base:
@@ -30,7 +30,7 @@ def test_values_get_the_types_of_the_constructor():
     ("texts", "message"),
     [
         ({"rnk": "4"}, "no option 'rnk'. Did you mean rank?"),
-        ({"rank": "4.5"}, "--rank 4.5: it takes NoneType or int"),
+        ({"rank": "4.5"}, "--rank 4.5: it takes none or int"),
         ({"fast": "maybe"}, "true/false"),
         ({"betas": "a,b"}, "tuple"),
     ],
@@ -51,7 +51,9 @@ def test_a_needed_option_is_asked_for():
 
 def test_flags_are_read_in_all_their_forms():
     words = ["--lr", "-1", "--update-gap=5", "--fast", "--no-slow", "--fused", "false", "--rank", "4"]
-    texts = flags_to_texts(words, ["fast", "slow", "fused"])
+    options = {name: Option(name, None, kinds) for name, kinds in {"rank": (int,), "lr": (float,)}.items()}
+    options |= {name: Option(name, False, (bool,)) for name in ("fast", "slow", "fused")}
+    texts = flags_to_texts(words, options)
     assert texts == {"lr": "-1", "update_gap": "5", "fast": "true", "slow": "false", "fused": "false", "rank": "4"}
 
 

@@ -72,10 +72,11 @@ def test_resume_is_bit_exact(options, small, tmp_path, monkeypatch, capfd):
 BAD = {
     "unknown optimizer": (["--optimizer=galor"], "Did you mean galore"),
     "unknown option": (["--optimizer=galore", "--rnak=4"], "unknown flag --rnak. Did you mean --rank"),
+    "misspelt switch": (["--resum"], "unknown flag --resum. Did you mean --resume"),
     "misspelt fixed flag": (["--step=4"], "Did you mean --steps"),
     "stray argument": (["adamw"], "unexpected argument 'adamw'"),
     "option of the wrong type": (["--lr=fast"], "--lr fast: it takes float"),
-    "flag of the wrong type": (["--steps=many"], "steps"),
+    "flag of the wrong type": (["--steps=many"], "See lowmem pretrain --help"),
     "flag without a value": (["--lr"], "--lr needs a value"),
     "rank 0": (["--optimizer=galore", "--rank=0"], "rank"),
     "bad option value": (["--optimizer=galore", "--proj-type=middle"], "middle"),
@@ -91,6 +92,7 @@ BAD = {
     "longer than the model": (["--length=65"], "write --length 64 or less"),
     "resume of nothing": (["--resume"], "holds no run to resume"),
     "a file as folder": (["--out=text.txt"], "choose a folder"),
+    "a folder within a file": (["--out=text.txt/run"], "text.txt/run is no folder that can be written to"),
     "a folder of something else": (["--out=other"], "no run folder"),
 }
 

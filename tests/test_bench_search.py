@@ -111,6 +111,9 @@ def test_nothing_to_compare_and_a_seed_too_large_are_refused(tmp_path):
         compare([], Plan(SHARED, tmp_path / "out"))
     with pytest.raises(UserError, match="--seed is"):
         compare([parse_entry("adamw")], Plan(RunConfig(seed=2**32 - 1), tmp_path / "out", seeds=2))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is no folder that can be written to"):
+        compare([parse_entry("adamw")], Plan(SHARED, tmp_path / "file"))
 
 
 def test_all_are_the_published_optimizers_that_exist_in_the_order_of_the_table(monkeypatch):

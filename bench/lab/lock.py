@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
+from ..out import ready_folder
 
 
 @contextmanager
@@ -14,12 +15,9 @@ def locked(out: Path) -> Iterator[None]:
     """Make a folder and hold its lock, which the system releases with the process; Windows, without `flock`, has none.
 
     Raises:
-        UserError: If the folder cannot be made, or another ablation works in it.
+        UserError: If the folder cannot be made or written to, or another ablation works in it.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} is no folder and cannot be made one: {error.strerror}") from error
+    ready_folder(out)
     try:
         import fcntl
     except ModuleNotFoundError:
