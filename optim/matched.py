@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from .core.view import matrix_shape
 from .targets import is_quantised
 
 
@@ -19,8 +20,9 @@ class Match:
     Args:
         pattern: Their name, with * for the numbers of layers.
         shape: Their shape.
-        treatment: As "rank 128", "rank 128, stacked", "density 0.25", "plain", "plain, no decay"; or why they are in
-            no group: "frozen", "quantised", "in no group".
+        treatment: As "rank 128", "rank 128, stacked", "density 0.25", "plain", "plain, no decay", "plain, rank 128 is
+            too large" for a matrix whose smaller side is no larger; or why they are in no group: "frozen",
+            "quantised", "in no group".
         names: Their full names.
     """
 
@@ -53,7 +55,8 @@ def matched(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> Matched:
 
     Args:
         model: The model.
-        groups: What `param_groups` or `head_groups` returned, groups written by hand, or an optimizer's `param_groups`.
+        groups: What `param_groups` or `head_groups` returned, groups written by hand, or an optimizer's `param_groups`,
+            which alone tell what its own arguments decide, as `rank` or `compat="official"`.
 
     Returns:
         A row for every name, layer numbers apart.
@@ -68,7 +71,7 @@ def matched(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> Matched:
             param = entry[1] if isinstance(entry, tuple) else entry
             if id(param) not in known:
                 raise ValueError(f"group {index} holds a {tuple(param.shape)} parameter that the model does not have")
-            treatments[id(param)] = _treatment(group)
+            treatments[id(param)] = _treatment(param, group)
     quantised = {f"{name}.weight" for name, module in model.named_modules() if is_quantised(module)}
     rows: dict[Any, Match] = {}
     for name, param in model.named_parameters():
@@ -83,11 +86,23 @@ def _place(row: Match) -> int:
     return next((place for place, word in enumerate(order) if row.treatment.startswith(word)), len(order))
 
 
-def _treatment(group: Mapping[str, Any]) -> str:
-    sizes = ((name, group.get(name)) for name in ("rank", "density"))
+def _treatment(param: Tensor, group: Mapping[str, Any]) -> str:
+    shape = param.shape[1:] if group.get("stacked") else param.shape
+    sizes = ((name, group.get(name)) for name in ("density", "rank"))
     size = next((f"{name} {value}" for name, value in sizes if value is not None), "plain")
+    if group.get("projector") != "blocks":  # whose rank is a number of layers
+        if len(shape) < 2:
+            size = "plain"
+        elif _too_large(group, shape):
+            size = f"plain, {size} is too large"
     size += ", stacked" if group.get("stacked") else ""
     return size + (", no decay" if group.get("weight_decay") == 0.0 else "")
+
+
+def _too_large(group: Mapping[str, Any], shape: Sequence[int]) -> bool:
+    """The rank of a group leaves nothing to project of a matrix, unless its basis may be square, as the authors' is."""
+    rank = group.get("rank") if group.get("density") is None else None
+    return isinstance(rank, int) and group.get("compat") != "official" and rank >= min(matrix_shape(shape))
 
 
 def _left_out(param: Tensor, quantised: bool) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lowmem.bench.models import build_model
-from lowmem.optim import GaLore, head_groups, param_groups
+from lowmem.optim import GaLore, GaLoreAdamW, head_groups, param_groups
 from lowmem.optim.matched import matched
 from torch import Tensor, nn
 from transformers.trainer_utils import check_target_module_exists
@@ -115,6 +115,26 @@ def test_names_that_match_too_much_are_seen_in_the_report() -> None:
     assert matched(model, [{"params": list(group["params"])} for group in groups]).names("rank") == []
     with pytest.raises(ValueError, match="group 0 holds a"):
         matched(model, [{"params": [nn.Parameter(torch.zeros(2))]}])
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "small"),
+    [
+        (GaLore, {"rank": 8}, "plain, rank 8 is too large"),
+        (GaLore, {"rank": None, "density": 0.5}, "density 0.5"),
+        (GaLoreAdamW, {"rank": 8}, "rank 8"),  # the authors' bases may be square
+    ],
+)
+def test_the_report_tells_which_parameters_a_rank_leaves_plain(cls: Any, options: dict[str, Any], small: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 16), nn.LayerNorm(16), nn.Linear(16, 8))
+    optimizer = cls([{"params": model.parameters(), **options}], lr=1e-2)
+    report = matched(model, optimizer.param_groups)
+    assert report.names(small)[-1] == "2.weight"
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    based = {name for name, param in model.named_parameters() if "basis" in optimizer.state[param]}
+    assert based == {*report.names("rank"), *report.names("density")}
 
 
 def test_excluded_layers_are_plain() -> None:
