@@ -208,4 +208,4 @@ def replaced(where: list[tuple[Any, str, Any]]) -> Iterator[None]:
 def _numbers(make: Callable[..., Tensor], seed: int, rows: int | range, cols: int, device: Any = "cpu") -> Tensor:
     if torch.device(device) != META:
         return make(seed, rows, cols, device)
-    return torch.empty((rows if isinstance(rows, int) else len(rows), cols), device=META)
+    return torch.empty((rows if isinstance(rows, int) else len(rows), cols), device=META, dtype=torch.float32)
