@@ -71,6 +71,20 @@ def test_measured_figures_of_choosing_are_those_of_the_results() -> None:
         assert row[1:4] == [f"{100 * (loss - 1):+.1f} %", f"{100 * state:.1f} %", points[label]]
 
 
+def test_times_of_choosing_are_those_of_the_results() -> None:
+    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    rows = {row[0]: row[4] for title, table in tables(text) for row in table if "fine-tuning" in title[-2]}
+    figures = json.loads((plan_picture.RESULTS / "step_time_130m.json").read_text(encoding="utf-8"))
+    (run,) = (run for run in figures["runs"] if run["settings"]["dtype"] == "fp32")
+    steps = {step["name"]: step["plain"] / run["floors"]["products"] for step in run["projected"]}
+    names = {"GaLore+": "GaLorePlus", "FRUGAL": "Frugal, columns", "Online Subspace Descent": "OnlineSubspaceDescent"}
+    assert rows == {name: f"{steps[names.get(name, name)]:.2f}" for name in rows}
+    fused, foreach = (steps[f"torch AdamW {form}"] for form in ("fused", "foreach"))
+    assert f"torch's AdamW takes {fused:.2f} fused, {foreach:.2f} foreach" in text
+    stalls = run["staggered"]["worst"] / run["staggered"]["median"]
+    assert f"the worst step takes {stalls:.2f} times the median" in text
+
+
 def test_the_reference_is_built_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "api.py"), str(tmp_path)], capture_output=True, text=True, cwd=tmp_path
