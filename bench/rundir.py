@@ -68,7 +68,7 @@ class RunFolder:
 
     def check_identity(self, identity: Record) -> None:
         """Raise a `UserError` that names what differs if the run that was started here has another identity."""
-        differences = _differences(read_json(self._config), identity)
+        differences = _differences(self._identity(), identity)
         if differences:
             raise UserError(
                 f"--out {self.path} holds a run of another configuration ({'; '.join(differences)}): "
@@ -82,12 +82,18 @@ class RunFolder:
 
     def holds(self, identity: Record) -> bool:
         """Tell whether the run that was started here has this identity."""
-        return self.started and not _differences(read_json(self._config), identity)
+        return self.started and not _differences(self._identity(), identity)
 
     def config(self) -> Record:
         """Return the configuration of the run that was started here."""
-        config: Record = read_json(self._config)["config"]
+        config: Record = self._identity()["config"]
         return config
+
+    def _identity(self) -> Record:
+        there: Record = read_json(self._config)
+        if not isinstance(there, dict) or not isinstance(there.get("config"), dict):
+            raise UserError(f"{self._config} is not that of a run, as of a model perhaps: choose another --out")
+        return there
 
     def append(self, record: Record) -> None:
         """Add one line to the metrics."""

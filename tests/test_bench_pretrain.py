@@ -93,6 +93,8 @@ BAD = {
     "resume of nothing": (["--resume"], "holds no run to resume"),
     "a file as folder": (["--out=text.txt"], "choose a folder"),
     "a folder within a file": (["--out=text.txt/run"], "text.txt/run is no folder that can be written to"),
+    "a folder of a model": (["--out=model"], "model/config.json is not that of a run"),
+    "resume of a model": (["--out=model", "--resume"], "model/config.json is not that of a run"),
     "a folder of something else": (["--out=other"], "no run folder"),
 }
 
@@ -101,6 +103,8 @@ BAD = {
 def test_bad_input_is_one_line(arguments, message, small, tmp_path, monkeypatch, capfd):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "other").mkdir()
     (tmp_path / "other/letter.txt").write_text("mine")
     code = run(monkeypatch, *small, "--out=out", *arguments)
