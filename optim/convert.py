@@ -54,7 +54,9 @@ def convert_state(state_dict: Mapping[str, Any], optimizer: Lifecycle) -> StateD
         NotImplementedError: Parameters or their state are sharded.
     """
     if not isinstance(optimizer, Lifecycle):
-        raise TypeError(f"got a {type(optimizer).__name__}, need an optimizer of lowmem.optim")
+        raise TypeError(
+            f"got a {type(optimizer).__name__}, need an optimizer of lowmem.optim; of a wrapper pass wrapper.optimizer"
+        )
     saved_state, state, groups, position = state_dict["state"], {}, [], 0
     _check(optimizer.param_groups, state_dict["param_groups"], saved_state)
     for mine, named in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):

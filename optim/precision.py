@@ -24,7 +24,8 @@ def full_precision_state_dict(model: nn.Module, optimizer: Lifecycle) -> dict[st
     """
     if not isinstance(optimizer, Lifecycle):
         raise TypeError(
-            f"got a {type(optimizer).__name__}, need an optimizer of lowmem.optim: of others take model.state_dict()"
+            f"got a {type(optimizer).__name__}, need an optimizer of lowmem.optim; of a wrapper pass wrapper.optimizer"
+            ", of others take model.state_dict()"
         )
     values = {id(param): optimizer.full_precision(param) for param in model.parameters()}
     found = {}

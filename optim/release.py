@@ -184,7 +184,10 @@ def enable_gradient_release(
         RuntimeError: Replicas do not start equal. Later: a GradScaler steps the optimizer, or a graph is used twice.
     """
     if not isinstance(optimizer, Lifecycle):
-        raise TypeError(f"got a {type(optimizer).__name__}: gradient release needs an optimizer of lowmem.optim")
+        raise TypeError(
+            f"got a {type(optimizer).__name__}: gradient release needs an optimizer of lowmem.optim; of a wrapper pass "
+            "wrapper.optimizer"
+        )
     if isinstance(model, DistributedDataParallel):
         raise ValueError(f"got a DistributedDataParallel model: {AVERAGED}")
     if not isinstance(accumulation_steps, int) or accumulation_steps is True or accumulation_steps < 1:

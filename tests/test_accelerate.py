@@ -12,7 +12,20 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ProjectConfiguration
-from lowmem.optim import Adafactor, AdamW8bit, Fira, Flora, Frugal, GaLore, GaLorePlus, param_groups
+from lowmem.optim import (
+    Adafactor,
+    AdamW8bit,
+    Fira,
+    Flora,
+    Frugal,
+    GaLore,
+    GaLorePlus,
+    SubspaceAccumulator,
+    convert_state,
+    enable_gradient_release,
+    full_precision_state_dict,
+    param_groups,
+)
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
@@ -143,6 +156,25 @@ def test_a_prepared_optimizer_is_pickled_with_its_state() -> None:
     train(copied_model, copied, range(4, 7))
     assert_equal(copied.state_dict(), optimizer.state_dict())
     assert_equal(copied_model.state_dict(), model.state_dict())
+
+
+def test_what_needs_the_optimizer_itself_asks_a_prepared_one_for_it() -> None:
+    model, optimizer = accelerator().prepare(*stepped("galore", 1))
+    asks = "of a wrapper pass wrapper.optimizer"
+    with pytest.raises(TypeError, match=asks):
+        enable_gradient_release(model, optimizer)
+    with pytest.raises(TypeError, match=asks):
+        full_precision_state_dict(model, optimizer)
+    with pytest.raises(TypeError, match=asks):
+        convert_state(optimizer.state_dict(), optimizer)
+    with pytest.raises(ValueError, match=asks):
+        SubspaceAccumulator(optimizer)
+    handle = enable_gradient_release(model, optimizer.optimizer)
+    train(model, optimizer, range(1, 4))
+    handle.remove()
+    twin, plain = stepped("galore", 4)
+    assert_equal(model.state_dict(), twin.state_dict())
+    assert_equal(optimizer.state_dict(), plain.state_dict())
 
 
 def test_closures_and_sets_to_none_pass_through() -> None:

@@ -57,7 +57,8 @@ class OwnBasis:
 
     def __init__(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, Lifecycle):
-            raise ValueError(_refusal(optimizer, "has no subspace of its own"))
+            inside = " (of a wrapper pass wrapper.optimizer)" if hasattr(optimizer, "optimizer") else ""
+            raise ValueError(_refusal(optimizer, f"has no subspace of its own{inside}"))
         self.optimizer = optimizer
         self._places: dict[Tensor, tuple[Plan, Any]] = {}
         self._check()
