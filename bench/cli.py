@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from .errors import UserError, one_line
+from .errors import Interrupted, UserError, one_line
 
 EXTRA = ("typer", "rich", "matplotlib", "transformers", "datasets", "safetensors", "yaml")
 
@@ -44,7 +44,10 @@ def _run() -> int:
     # Newer releases of typer carry a private copy of click, so its base error is reached through the public subclass.
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     try:
-        return app(sys.argv[1:] or ["--help"], prog_name="lowmem", standalone_mode=False) or 0
+        code: int = app(sys.argv[1:] or ["--help"], prog_name="lowmem", standalone_mode=False) or 0
+        if code == Interrupted.exit_code:  # some releases of typer return what others raise
+            raise KeyboardInterrupt
+        return code
     except typer.Abort:
         raise KeyboardInterrupt from None
     except usage_error as error:

@@ -147,6 +147,17 @@ def test_a_full_disk_and_a_reader_that_has_enough_are_no_tracebacks(tmp_path, mo
     assert run.stderr == ""
 
 
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capfd):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["lowmem", "optimizers"])
+    monkeypatch.setattr("lowmem.bench.optimizers.available", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        cli.main()
+    assert capfd.readouterr().err.strip() == "lowmem: interrupted; a run with a checkpoint goes on with --resume"
+
+
 @pytest.mark.parametrize("package", ["typer", "matplotlib"])
 def test_a_missing_extra_is_one_line(package, small, tmp_path):
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError(name={package!r})")
