@@ -140,7 +140,7 @@ class SubspaceAccumulator:
             "options": dict(self.options),
             "cycle": self.cycle,
             "count": self.count,
-            "sums": {i: self._way.saved(p, self._sums[p]) for i, p in enumerate(params) if p in self._sums},
+            "sums": {i: self._compression.saved(p, self._sums[p]) for i, p in enumerate(params) if p in self._sums},
             "grads": {i: p.grad.clone() for i, p in enumerate(params) if self.count and p.grad is not None},
         }
 
@@ -158,7 +158,7 @@ class SubspaceAccumulator:
         params = list(self._params())
         self._compression.release()
         self.cycle, self.count = state_dict["cycle"], state_dict["count"]
-        self._sums = {params[i]: self._way.loaded(params[i], low) for i, low in state_dict["sums"].items()}
+        self._sums = {params[i]: self._compression.loaded(params[i], low) for i, low in state_dict["sums"].items()}
         for i, param in enumerate(params):
             grad = state_dict["grads"].get(i)
             param.grad = None if grad is None else beside(param, grad)

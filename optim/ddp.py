@@ -72,8 +72,8 @@ class SubspaceReduction:
 
     def _forget_unused(self, *_: Any) -> None:
         """Weights that no replica used have no gradient, which their bucket does not tell: they stand still."""
-        for param in [param for param in self._way.optimizer._low_grads if param.grad is None]:
-            del self._way.optimizer._low_grads[param]
+        for param in [param for param in self._compression.optimizer._low_grads if param.grad is None]:
+            del self._compression.optimizer._low_grads[param]
 
     @torch.no_grad()
     def _project(self, param: Tensor, grad: Tensor) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -32,9 +33,9 @@ SHAPES = ((80, 64), (64, 80), (9,))
 
 
 @contextmanager
-def default_dtype() -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         yield
     finally:
@@ -57,7 +58,8 @@ def deterministic() -> Iterator[None]:
 
 
 SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
-    "dtype": default_dtype,
+    "float64": partial(default_dtype, torch.float64),
+    "bfloat16": partial(default_dtype, torch.bfloat16),
     "device": default_device,
     "deterministic": deterministic,
 }
@@ -67,6 +69,8 @@ CASES: dict[str, tuple[Any, torch.dtype, dict[str, Any]]] = {
     "galore_bf16": (GaLore, BF16, {"rank": 4, "rounding": "stochastic", "state_dtype": "bfloat16"}),
     "galore_8bit": (GaLore, F32, {"rank": 60, "state_dtype": "8bit", "basis_dtype": "int8"}),
     "galore_auto": (GaLore, F32, {"rank": "auto", "energy": 0.5, "budget": 30_000}),
+    "galore_official": (GaLore, F32, {"rank": 4, "compat": "official"}),
+    "galore_on_device": (GaLore, F32, {"rank": 4, "capturable": True}),
     "galore_random": (GaLore, F32, {"rank": 4, "projector": "random", "weight_norm": True}),
     "bnb8": (GaLoreAdamW8bit, F32, {"rank": None}),
     "adamw_8bit": (AdamW8bit, BF16, {"rounding": "compensated"}),

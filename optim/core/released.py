@@ -151,8 +151,8 @@ class Cycle:
         self.stepped = {id(params[i]) for i in state_dict["stepped"]}
         self._squares = [square.clone() for square in state_dict["squares"]]
         self._counts = {params[i]: count for i, count in state_dict["counts"].items()}
-        if self._way is not None:
-            self._sums = {params[i]: self._way.loaded(params[i], low) for i, low in state_dict["sums"].items()}
+        if self._compression is not None:
+            self._sums = {params[i]: self._compression.loaded(params[i], low) for i, low in state_dict["sums"].items()}
         for i, grad in state_dict["grads"].items():
             params[i].grad = beside(params[i], grad)
         self._last = state_dict["last"]
@@ -160,8 +160,8 @@ class Cycle:
             self._compression.begin()
 
     def _saved(self, param: Tensor, low: Tensor) -> Tensor:
-        assert self._way is not None
-        return self._way.saved(param, low)
+        assert self._compression is not None
+        return self._compression.saved(param, low)
 
     def _params(self) -> Iterator[Tensor]:
         for group in self.optimizer.param_groups:
