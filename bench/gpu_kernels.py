@@ -27,6 +27,7 @@ KERNELS = {
     "quantise_": "triton_blockwise",
     "dequantise": "triton_blockwise",
     "basis": "triton_random",
+    "sketch": "triton_sketch",
 }
 """Module of every kernel; the specification has the same name and arguments."""
 
@@ -85,6 +86,9 @@ def cases(bench: Bench) -> Iterator[Case]:
     for kind in random.BASES:
         for rows, rank in low:
             yield Case("basis", f"{(rows, rank)} {kind}", partial(_basis, bench, rows, rank, kind))
+    for shape in low:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield Case("sketch", f"{shape} {str(dtype).removeprefix('torch.')}", partial(_sketch, bench, shape, dtype))
     yield from (Case("project_back_", name, check) for name, check in project_back_cases(bench))
 
 
@@ -220,3 +224,14 @@ def _basis(bench: Bench, rows: int, rank: int, kind: str, kernel: Callable[..., 
         make(out, kind, 2**31 + 11, rows // 3, rows)
         results.append(out)
     return [equal("bits", *results)]
+
+
+def _sketch(bench: Bench, shape: tuple[int, int], dtype: torch.dtype, kernel: Callable[..., Any]) -> list[Found]:
+    inner, rank = shape
+    matrix = bench.normal(max(1, rank // 2), inner, dtype=dtype)
+    results = list[Tensor]()
+    for sketch, working in ((kernel, torch.float32), (reference.sketch, torch.float64)):
+        out = torch.full((len(matrix), rank), torch.nan, dtype=working, device=bench.device)
+        sketch(out, matrix, 2**31 + 11, 5)
+        results.append(out)
+    return [relative("sums", results[0], results[1], 1e-5)]

@@ -7,8 +7,8 @@ Optimizers call `pick(op, tensor, backend)`, which returns the fastest form of a
   `statistics` (sums of squares), with `tiles` (cutting matrices) and `choice` (rows and columns by number).
 - Formats: `blockwise` (8-bit codes), `rounding` (writing bf16 weights), `random` (numbers by seed, row and column).
 - Other backends: `compiled` (torch.compile on a CPU), `bnb` (bitsandbytes), `capture` (what CUDA graphs forbid).
-- Triton: `triton_moments`, `triton_project_back`, `triton_statistics`, `triton_random`; `triton_sketch` is so far
-  only tested; `triton_blockwise` and `triton_common` are what they share.
+- Triton: `triton_moments`, `triton_project_back`, `triton_statistics`, `triton_random`, `triton_sketch`;
+  `triton_blockwise` and `triton_common` are what they share.
 """
 
 if __name__ == "kernels":

@@ -110,6 +110,11 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {
         Implementation("torch", _anywhere, random.basis),
         Implementation("triton", _interprets, _later("triton_random", "basis")),
     ),
+    "sketch": (
+        Implementation("triton", _compiles, _later("triton_sketch", "sketch")),
+        Implementation("torch", _anywhere, reference.sketch),
+        Implementation("triton", _interprets, _later("triton_sketch", "sketch")),
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import random
 from .blockwise import Blocks, Format, dequantise, quantise_
 from .random import Seed
 from .rounding import Target
@@ -205,6 +206,13 @@ def residual(kind: Scaled | Signed | None, work: torch.dtype, gemm: torch.dtype)
 def scaled(kind: Scaled, work: torch.dtype) -> Tensor:
     """`s o G` in the working dtype."""
     return torch.where(kind.factors == 0, 0.0, kind.grad.to(work) * kind.factors)
+
+
+def sketch(out: Tensor, matrix: Tensor, seed: int, first: int = 0) -> None:
+    """Write `R = A P` (m, r), P the rows `first, first + 1, ...` of a rademacher basis of `lowmem.kernels.random`."""
+    basis = torch.empty(matrix.shape[1], out.shape[1], dtype=torch.float32, device=matrix.device)
+    random.basis(basis, "rademacher", seed, first, first + len(basis))
+    torch.mm(matrix.to(out.dtype), basis.to(out.dtype), out=out)
 
 
 def square_means(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowmem.kernels import random
+from lowmem.optim.core.seeded import SeededBasis
 from torch import Tensor
 
 from tests.helpers import randn
@@ -48,6 +49,15 @@ def test_sketches_are_products_with_the_basis(
     triton_sketch.sketch(out, matrix, seed, first)
     expected = matrix.float() @ basis(range(first, first + k), rank, seed)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5 * k**0.5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("distribution", random.BASES)
+def test_images_under_seeded_bases_are_products_with_them(distribution: str, backend: str) -> None:
+    basis = SeededBasis(distribution, 2**31 + 9, 70, 33)
+    matrix = randn(70, 50).bfloat16().to(DEVICE).T
+    expected = matrix.float() @ basis.matrix(device=DEVICE)
+    torch.testing.assert_close(basis.image(matrix, torch.float32, backend), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 31, 32, 33, 64, 100])

@@ -167,15 +167,16 @@ class RandomBases:
             )
         if view is None or grad is None or grad.is_sparse:
             return None
-        basis = self._basis(view, position, param, cycle)
-        return view.orient(grad.to(basis.dtype)) @ basis
+        basis = self._basis(view, position, cycle)
+        return basis.image(view.orient(grad), codec.work_dtype(param.dtype), self.backend)
 
     def deliver(self, position: int, param: Tensor, low: Tensor, cycle: int) -> None:
         """`p.grad = R P^T`, in the dtype and the memory order of the parameter, which fused optimizers count on."""
         view = self.view(param)
         if view is None:
             raise ValueError(f"a {tuple(param.shape)} parameter has become too small for rank={self.rank} in a cycle")
-        basis = self._basis(view, position, param, cycle)
+        made = self._basis(view, position, cycle)
+        basis = made.matrix(codec.work_dtype(param.dtype), param.device, self.backend)
         grad = (basis @ low.T if view.transposed else low @ basis.T).view(param.shape)
         same = grad.dtype == param.dtype and grad.stride() == param.stride()
         param.grad = grad if same else torch.empty_like(param, requires_grad=False).copy_(grad)
@@ -197,9 +198,8 @@ class RandomBases:
             return None
         return MatrixView.of(param.shape, self.rank, self.proj_type)
 
-    def _basis(self, view: MatrixView, position: int, param: Tensor, cycle: int) -> Tensor:
-        basis = SeededBasis.of(view, self.distribution, self.seed, position, cycle, TAG)
-        return basis.matrix(codec.work_dtype(param.dtype), param.device, self.backend)
+    def _basis(self, view: MatrixView, position: int, cycle: int) -> SeededBasis:
+        return SeededBasis.of(view, self.distribution, self.seed, position, cycle, TAG)
 
 
 def _reason(optimizer: Lifecycle, group: dict[str, Any]) -> str | None:

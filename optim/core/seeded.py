@@ -71,6 +71,14 @@ class SeededBasis:
         """Make P (size, rank)."""
         return self.rows(range(self.size), dtype, device, backend)
 
+    def image(self, matrix: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
+        """`A P` (a, rank) in a dtype; signs are made inside of the product, where there is a kernel for it."""
+        if self.distribution != "rademacher":
+            return matrix.to(dtype) @ self.matrix(dtype, matrix.device, backend)
+        out = torch.empty(len(matrix), self.rank, dtype=dtype, device=matrix.device)
+        pick("sketch", matrix, backend)(out, matrix, self.seed)
+        return out
+
 
 def bases(b: Bucket, now: Sequence[SeededBasis], backend: str) -> tuple[list[Recipe], list[Recipe]]:
     """Recipes of P_{t-1}, in which the momenta are written, and of P_t: the same ones until a window ends.
