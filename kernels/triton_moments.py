@@ -8,7 +8,6 @@ weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -96,17 +95,6 @@ def dense_adam(grad, first, second, out, scalars, count, BLOCK: tl.constexpr):
     tl.store(out + at, step, mask=mask)
 
 
-@triton.jit
-def dense_lion(grad, moment, out, scalars, count, BLOCK: tl.constexpr):
-    """Lion on a fp32 moment; numbers: 1-b1, 1-b2."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
-    g, m = tl.load(grad + at, mask=mask, other=0.0), tl.load(moment + at, mask=mask, other=0.0)
-    mixed = m + (g - m) * number(scalars, 0)
-    tl.store(out + at, tl.where(mixed > 0, 1.0, tl.where(mixed < 0, -1.0, 0.0)), mask=mask)
-    tl.store(moment + at, m + (g - m) * number(scalars, 1), mask=mask)
-
-
 def adam(
     grads: list[Tensor],
     moments: tuple[list[Tensor], list[Tensor]],
@@ -124,16 +112,7 @@ def adam(
     """
     how = Blockwise(COMPANDED, [], betas, eps, raw_eps)
     for grad, first, second, t, direction in zip(grads, *moments, counts, out, strict=True):
-        _launch_dense(dense_adam, (grad, first, second, direction), _adam_numbers(t, how))
-
-
-def lion(grad: Tensor, moment: Tensor, out: Tensor, betas: tuple[float, float]) -> None:
-    """Compute `lowmem.kernels.reference.lion` in fp32.
-
-    Raises:
-        ValueError: A tensor is not fp32 and contiguous.
-    """
-    _launch_dense(dense_lion, (grad, moment, out), [1 - betas[0], 1 - betas[1]])
+        _launch_dense((grad, first, second, direction), _adam_numbers(t, how))
 
 
 def adam_blockwise(
@@ -178,13 +157,13 @@ def _adam_numbers(t: Count, how: Blockwise) -> list[float | Tensor]:
     return [1 - b1, b2, 1 - b2, 1 / c1, 1 / root, how.eps / root if how.raw_eps else how.eps]
 
 
-def _launch_dense(kernel: Any, tensors: tuple[Tensor, ...], numbers: Sequence[float | Tensor]) -> None:
+def _launch_dense(tensors: tuple[Tensor, ...], numbers: Sequence[float | Tensor]) -> None:
     if not all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors):
         raise ValueError(f"got {[x.dtype for x in tensors]}: need contiguous fp32, pass backend='auto'")
     block, count, device = ON_GPU if tensors[0].is_cuda else ON_CPU, tensors[0].numel(), tensors[0].device
     if count:
         grid, scalars = (triton.cdiv(count, block),), pack(device, numbers)
-        kernel[grid](*tensors, scalars, count, BLOCK=block, enable_fp_fusion=True)
+        dense_adam[grid](*tensors, scalars, count, BLOCK=block, enable_fp_fusion=True)
 
 
 def _launch(

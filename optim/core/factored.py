@@ -56,13 +56,8 @@ def _whole(
     return [(rows / max(n, 1), cols / max(m, 1)) for rows, cols in zip(of_rows, of_cols, strict=True)]
 
 
-def mean(row: Tensor, layout: Layout = ALONE) -> Tensor:
-    """Mean of row statistics (..., m) of which this rank has a piece, as (..., 1)."""
-    return means([row], layout)[0]
-
-
 def means(rows: Sequence[Tensor], layout: Layout = ALONE) -> list[Tensor]:
-    """`mean` of the row statistics of some matrices."""
+    """Means of row statistics (..., m), of which this rank has pieces, as (..., 1); of some matrices."""
     if not layout.rows:
         return [row.mean(-1, keepdim=True) for row in rows]
     sums = reduced(layout.sum_rows, [row.sum(-1, keepdim=True) for row in rows])
