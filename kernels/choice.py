@@ -28,11 +28,11 @@ def put_(matrix: Tensor, index: Tensor, dim: int, values: Tensor) -> None:
 def put_at_(matrix: Tensor, index: Tensor, values: Tensor) -> None:
     """Write entries (k,) at different flat indices; torch's `put_` has no deterministic form."""
     if matrix.is_contiguous():
-        matrix.view(-1).scatter_(0, index, values)
+        _bits(matrix).view(-1).scatter_(0, index, _bits(values))
     else:
         matrix[index // matrix.shape[1], index % matrix.shape[1]] = values
 
 
 def _bits(matrix: Tensor) -> Tensor:
-    """bf16 memory seen as int16, which torch gathers and scatters twice as fast; other dtypes as they are."""
+    """bf16 memory seen as int16, which torch gathers and scatters two to ten times as fast; other dtypes as they are."""
     return matrix.view(torch.int16) if matrix.dtype == torch.bfloat16 else matrix
