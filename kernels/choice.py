@@ -34,5 +34,5 @@ def put_at_(matrix: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def _bits(matrix: Tensor) -> Tensor:
-    """bf16 memory seen as int16, which torch gathers and scatters two to ten times as fast; other dtypes as they are."""
+    """bf16 memory seen as int16, which torch gathers and scatters 2 to 10 times as fast; other dtypes as they are."""
     return matrix.view(torch.int16) if matrix.dtype == torch.bfloat16 else matrix
