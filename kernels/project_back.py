@@ -15,7 +15,7 @@ def project_back_(target: Target, left: Tensor | None, right: Tensor | None, mov
     """Compute `lowmem.kernels.reference.project_back_` without a temporary of the weight's size."""
     products = [] if left is None or right is None else [left, right]
     left, right = (factor.to(move.gemm) for factor in products) if products else (None, None)
-    if isinstance(move.residual, Scaled) and _silent(move.residual):
+    if isinstance(move.residual, Scaled) and _all_zero(move.residual):
         move = move._replace(residual=None)
     same = left is None or left.dtype == target.weight.dtype
     fused = left is not None and move.residual is None and not isinstance(move.decay, Tensor)
@@ -74,7 +74,7 @@ def _scaled(rest: Scaled | None) -> Tensor:
     """`s o G` in the dtype of G."""
     assert rest is not None
     step = rest.grad * rest.factors.to(rest.grad.dtype)
-    return step if _loud(rest) else step.masked_fill_(rest.factors == 0, 0.0)
+    return step if _none_zero(rest) else step.masked_fill_(rest.factors == 0, 0.0)
 
 
 def _add_(value: Tensor, step: Tensor, alpha: float | Tensor) -> None:
@@ -90,7 +90,7 @@ def _add_residual_(value: Tensor, rest: Scaled | Signed | None, move: Move) -> N
         return
     if value.device.type != "cpu" or isinstance(move.alpha, Tensor):
         _add_(value, _whole(rest, value, move), move.alpha)
-    elif isinstance(rest, Scaled) and _loud(rest):
+    elif isinstance(rest, Scaled) and _none_zero(rest):
         value.addcmul_(rest.grad.to(value.dtype), rest.factors.to(value.dtype), value=move.alpha)
     elif isinstance(rest, Signed) and rest.sound:
         value.add_(_signs(rest, value.dtype), alpha=move.alpha * rest.scale)
@@ -140,7 +140,7 @@ def _in_place_(weight: Tensor, left: Tensor | None, right: Tensor | None, move: 
 
 def _add_scaled_(weight: Tensor, rest: Scaled, alpha: float | Tensor) -> None:
     """`W <- W + alpha s o G`, on a CPU without a temporary."""
-    if rest.grad.dtype == weight.dtype and _loud(rest):
+    if rest.grad.dtype == weight.dtype and _none_zero(rest):
         factors = rest.factors * alpha if isinstance(alpha, Tensor) else rest.factors
         weight.addcmul_(factors, rest.grad, value=1.0 if isinstance(alpha, Tensor) else alpha)
         return
@@ -149,12 +149,12 @@ def _add_scaled_(weight: Tensor, rest: Scaled, alpha: float | Tensor) -> None:
         weight[rows, cols].add_(scaled * alpha)
 
 
-def _silent(rest: Scaled) -> bool:
+def _all_zero(rest: Scaled) -> bool:
     """Whether all factors are zero, which on a CPU can be asked."""
     return rest.factors.device.type == "cpu" and not rest.factors.any()
 
 
-def _loud(rest: Scaled) -> bool:
+def _none_zero(rest: Scaled) -> bool:
     """Whether no factor is zero: none needs to keep an infinite gradient out."""
     return rest.factors.device.type == "cpu" and bool(rest.factors.all())
 

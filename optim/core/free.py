@@ -36,7 +36,7 @@ from .verbs import move_back_, scaled_rows
 FREE_RULES = ("signsgd", "sgd", "none", "freeze")
 """Values of the option `free_rule`."""
 NOISE = 2, 256
-"""Roundings of products and of bases, of an average entry of a row, up to which E = A - R P^T is taken for zero."""
+"""E = A - R P^T counts as zero up to so many roundings, in the dtypes of P and of R, of an average entry of its row."""
 
 FREE_SPACES = ("ambient", "complement")
 """Values of the option `free_space`."""
@@ -87,7 +87,7 @@ def sound_gradients(b: Bucket) -> Tensor:
 
 
 def undivided_(b: Bucket, free: Free) -> bool:
-    """Step matrices that are state-full or state-free as a whole; tell whether these are.
+    """Step the matrices of a bucket if they are state-full or state-free as a whole; return whether they are.
 
     Everything: the plain rule with the rate `lr s_p`, where decay keeps `lr`. Nothing: the free rule on A.
     """
@@ -138,7 +138,7 @@ def descend_(b: Bucket, step: Tensor, low: Tensor, sound: Tensor, free: Free) ->
 
 
 def _of_gradient(b: Bucket, index: int, sound: Tensor, free: Free) -> Scaled | Signed | None:
-    """The free rule on A: entries of an index basis and what the other rules fold into N are none of its business."""
+    """The free rule on A itself: for index bases, whose entries are written afterwards, and rules that fold into N."""
     if free.rule == "none":
         return None
     if free.rule == "sgd":

@@ -20,6 +20,7 @@ from .spec import Spec
 from .validate import check_choices
 
 TINY = 1e-8
+"""Added to norms that divide, as in the authors' code."""
 
 LIMIT = "limit_norm"
 """State of the limiter: s, the limited norm of the step before."""
@@ -34,7 +35,7 @@ class Scaling:
     Args:
         gamma: Largest growth of its norm in a step; None does not limit it.
         by_row: One factor a row, else one a matrix.
-        leak: Share beta of R P^T that is taken out, `E = A - beta R P^T`: 1, or the authors' `scale`.
+        leak: beta, how much of R P^T is taken out, `E = A - beta R P^T`: 1, for Fira's authors `scale`, for APOLLO 0.
     """
 
     gamma: float | None
