@@ -70,7 +70,7 @@ def test_a_backend_that_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     accumulator = SubspaceAccumulator(torch.optim.SGD([param := Parameter(randn(24, 16))]), rank=4, backend="triton")
     param.grad = randn(24, 16)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"has no 'basis' for torch\.float32 on cpu; pass backend='auto'"):
+    with pytest.raises(ValueError, match=r"has no 'sketch' for torch\.float32 on cpu; pass backend='auto'"):
         accumulator.accumulate()
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     with pytest.raises(ValueError, match=r"Triton is not installed, pip install 'lowmem\[triton\]'"):
