@@ -37,11 +37,13 @@ def states(rows: int, cols: int, form: Format, seed: int) -> tuple[Blocks, Block
     return first, second
 
 
-def assert_same_codes(one: Blocks, other: Blocks) -> None:
+def assert_same_codes(one: Blocks, other: Blocks, values: torch.Tensor | None = None) -> None:
+    """An ulp may move a value, and in bf16 all of `values` that equal it, over the border of two codes."""
     torch.testing.assert_close(one.scale, other.scale, rtol=1e-6, atol=0)
     moved = (one.codes.int() - other.codes.int()).abs()
     assert moved.max() <= 1
-    assert moved.float().mean() <= 0.001 + 1.5 / moved.numel()  # an ulp may move a value over the border of two codes
+    differ = int(moved.count_nonzero()) if values is None else len(values[moved > 0].unique())
+    assert differ <= 0.001 * moved.numel() + 1.5
 
 
 @forms
@@ -155,7 +157,7 @@ def test_codes_are_those_of_the_specification(
             patch.setattr(triton_blockwise, "ON_CPU", triton_blockwise.ON_GPU)
         triton_blockwise.quantise_(found, values, form, signed=signed, seed=seed, first=(3, 8))
         decoded = triton_blockwise.dequantise(found, form, signed=signed)
-    assert_same_codes(Blocks(*(tensor.cpu() for tensor in found)), expected)
+    assert_same_codes(Blocks(*(tensor.cpu() for tensor in found)), expected, values.float().cpu())
     again = Blocks(found.codes.cpu().contiguous(), found.scale.cpu().contiguous())
     torch.testing.assert_close(decoded.cpu(), dequantise(again, form, signed=signed), rtol=1e-6, atol=0.0)
     around = codes._base if codes._base is not None else codes
