@@ -93,7 +93,7 @@ def build_model(
     torch.manual_seed(seed)
     try:
         # A default type, not a cast afterwards: the rotary frequencies must stay in fp32.
-        with _default_dtype(dtype):
+        with default_dtype(dtype):
             model: nn.Module = LlamaForCausalLM(config)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"model {name_or_path!r} cannot be built: {one_line(error)}") from error
@@ -131,7 +131,8 @@ def _config_from_json(name_or_path: str, vocab_size: int, max_length: int) -> An
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it new tensors have this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -116,7 +116,7 @@ def adamw_blockwise_(
         else:
             step = torch.empty(part.weight.shape, dtype=torch.float32, device=part.weight.device)
             adam([grad[rows, cols]], ([blocks[0]], [blocks[1]]), [t], [step], how)
-        part.write(part.edit().mul_(decay).sub_(step.mul_(lr)))
+        part.write(part.edit(decay).sub_(step.mul_(lr)))
 
 
 def _adam_tile(

@@ -30,9 +30,7 @@ def project_back_(target: Target, left: Tensor | None, right: Tensor | None, mov
         return
     for rows, cols in tiles(target.weight):
         part = target.part(rows, cols)
-        value = part.edit()
-        if isinstance(move.decay, Tensor) or move.decay != 1.0:
-            value.mul_(move.decay)
+        value = part.edit(move.decay)
         if left is not None and right is not None:
             _add_(value, (left[rows] @ right[cols].T).to(part.work), move.alpha)
         _add_residual_(value, piece(move.residual, rows, cols), move)

@@ -105,9 +105,10 @@ class Target:
             return join(self.weight, self.correction)
         return self.weight.to(self.work, copy=True)
 
-    def edit(self) -> Tensor:
-        """The value of the weight, to be changed in place and then written: the weight itself where it is exact."""
-        return self.weight if self.exact else self.read()
+    def edit(self, decay: float | Tensor = 1.0) -> Tensor:
+        """`decay` times the weight, to be changed in place and then written: the weight itself where it is exact."""
+        value = self.weight if self.exact else self.read()
+        return value.mul_(decay) if isinstance(decay, Tensor) or decay != 1.0 else value
 
     def write(self, value: Tensor) -> None:
         """Write a value in the working dtype; it may be overwritten. A mode that `check` refuses is an error."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lowmem.bench.models import default_dtype
 from lowmem.optim import (
     Adafactor,
     AdamW8bit,
@@ -30,16 +31,6 @@ from tests.helpers import randn
 
 BF16, F32 = torch.bfloat16, torch.float32
 SHAPES = ((80, 64), (64, 80), (9,))
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def default_device() -> AbstractContextManager[Any]:

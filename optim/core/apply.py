@@ -74,7 +74,4 @@ def rates(b: Bucket, index: int) -> tuple[float | Tensor, float | Tensor]:
 
 def move_(target: Target, update: Tensor, decay: float | Tensor = 1.0) -> None:
     """`W <- decay W - U` (m, n), U in the working dtype, rounded once."""
-    value = target.edit()
-    if isinstance(decay, Tensor) or decay != 1.0:
-        value.mul_(decay)
-    target.write(value.sub_(update))
+    target.write(target.edit(decay).sub_(update))

@@ -64,9 +64,7 @@ class Index(Basis):
         (here, chosen), (decay, alpha, _, residual) = _among(held["basis"], step.mine), step.move
         direction = direction if here is None else direction[:, here]
         columns = target.select(chosen, 0 if step.transposed else 1)
-        value = columns.edit()  # (a, r), or its transpose as all that follows
-        if isinstance(decay, Tensor) or decay != 1.0:
-            value.mul_(decay)
+        value = columns.edit(decay)  # (a, r), or its transpose as all that follows
         moved = direction.T if step.transposed else direction
         if isinstance(residual, Scaled):
             there = Scaled(select(residual.grad, chosen, 0 if step.transposed else 1), residual.factors)

@@ -88,12 +88,12 @@ class SubspaceOptimizer(Lifecycle):
         group = self.param_groups[-1]
         if group["rank"] == AUTO:
             group.setdefault("ranks", None)  # not chosen yet; DCP loads only what has a key
-        if group["rank"] == AUTO and len(group["ranks"] or group["params"]) != len(group["params"]):
-            self.param_groups.pop()
-            raise ValueError(
-                f"got ranks={group['ranks']} for {len(group['params'])} parameters: pass one for each, 0 for one that "
-                "is not projected, or leave ranks out"
-            )
+            if len(group["ranks"] or group["params"]) != len(group["params"]):
+                self.param_groups.pop()
+                raise ValueError(
+                    f"got ranks={group['ranks']} for {len(group['params'])} parameters: pass one for each, 0 for one "
+                    "that is not projected, or leave ranks out"
+                )
 
     def _restore(self, loaded: dict[str, Any]) -> None:
         super()._restore(loaded)
